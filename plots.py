@@ -1,0 +1,322 @@
+"""Draw what happened in training, from the two files that train.py leaves behind. No model is loaded.
+
+    python plots.py                  # draws loss.png, relu_training.png, relu_outputs.png and relu_gradients.png
+    python plots.py --format svg     # the same as vector graphics
+
+metrics.csv has a row per evaluation; histograms.npz the ReLU outputs and gradients of the last one.
+"""
+import argparse
+import sys
+import zipfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+
+from tokenizer import atomic_write
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+MAX_BYTES = 2**26  # both files are some kilobytes; anything near this is not one of ours
+
+PROGRESS_COLUMNS = ("iteration", "tokens_seen", "epochs")  # the x axes: known in every row
+RUN_COLUMNS = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char", "learning_rate")
+RELU_COLUMNS = ("mean", "std", "zeros", "dead", "grad_mean", "grad_std")
+HISTOGRAMS = ("relu", "relu_grad")
+
+# The published run on Tiny Shakespeare: 5 layers, 500 tokens, batches of 64 x 256; losses in nats per token
+REFERENCE_ITERATION = np.array([0, 500, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 4999])
+REFERENCE_TRAIN = np.array([6.3745, 3.5464, 3.0977, 2.7643, 2.5888, 2.4640, 2.3691, 2.2935, 2.2224, 2.1560, 2.0976])
+REFERENCE_VAL = np.array([6.3751, 3.7969, 3.4748, 3.2111, 3.0921, 3.0266, 2.9763, 2.9540, 2.9450, 2.9428, 2.9551])
+REFERENCE_ZEROS = np.array([0.589, 0.608, 0.618, 0.635, 0.659])  # share of ReLU outputs, layer by layer, at the end
+REFERENCE_CHARS_PER_TOKEN = 1.9408
+
+TRAIN_COLOR, VAL_COLOR, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe & Ito (2008): told apart by all eyes
+WIDTH = 8.3  # inches; 1245 pixels at 150 dpi, half as many again as a README is wide
+STYLE = {
+    "font.size": 9.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titlecolor": GREY,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6", "axes.edgecolor": "#aaaaaa",
+    "xtick.color": "#444444", "ytick.color": "#444444", "legend.frameon": False,
+    "figure.titlesize": 12, "figure.titleweight": "bold", "figure.constrained_layout.use": True,
+    "savefig.dpi": 150, "svg.fonttype": "none", "svg.hashsalt": "plots",
+}
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def parse_number(field, where):
+    """A field of metrics.csv as a float. Empty or infinite counts as NaN, a gap in the curve."""
+    try:
+        value = float(field or "nan")
+    except ValueError:
+        raise ValueError(f"{where}: {field[:20]!r} is not a number; delete the line or train again") from None
+    if np.isfinite(value) and abs(value) > 1e15:
+        raise ValueError(f"{where}: {value:g} is too large to be true; delete the line or train again")
+    return value if np.isfinite(value) else np.nan
+
+
+def read_metrics(path):
+    """Read metrics.csv, a header and a row per evaluation.
+
+    Returns a dict of float64 arrays: RUN_COLUMNS and PROGRESS_COLUMNS of shape (evaluations,), and for each of
+    RELU_COLUMNS "relu_..." of shape (n_layer, evaluations). Raises ValueError, naming line and column.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: train first, with `python train.py`, or name a run with --out_dir")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} is too large to be the metrics of a run; train again")
+    try:
+        lines = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: byte {error.start} is not UTF-8; train again") from None
+    if len(lines) < 2:
+        raise ValueError(f"{path} holds no evaluation: train until the first one, with `python train.py`")
+
+    header, *rows = lines
+    n_layer = max(1, sum(name.startswith("relu") and name.endswith("_zeros") for name in header))
+    relu_names = {f"relu_{name}": [f"relu{i}_{name}" for i in range(1, n_layer + 1)] for name in RELU_COLUMNS}
+    for name in [*PROGRESS_COLUMNS, *RUN_COLUMNS, *sum(relu_names.values(), [])]:
+        if name not in header:
+            raise ValueError(f"{path}, line 1: column {name} is missing; train again")
+
+    columns = {name: np.empty(len(rows)) for name in header}
+    for index, row in enumerate(rows):
+        where = f"{path}, line {index + 2}"
+        if len(row) != len(header):
+            raise ValueError(f"{where}: {len(row)} fields instead of {len(header)}; delete the line or train again")
+        for name, field in zip(header, row):
+            value = columns[name][index] = parse_number(field, f"{where}, column {name}")
+            if name in PROGRESS_COLUMNS and not value >= 0:
+                raise ValueError(f"{where}, column {name}: {field!r} is no count; delete the line or train again")
+    return columns | {name: np.stack([columns[c] for c in layers]) for name, layers in relu_names.items()}
+
+
+def read_histograms(path, n_layer):
+    """Read histograms.npz, the ReLU outputs and gradients of one evaluation, a histogram per layer.
+
+    Returns a dict: "iteration" (int), and for each of HISTOGRAMS "..._density" (n_layer, bins), which integrates to 1
+    over "..._edges" (n_layer, bins + 1). Raises ValueError if the file is damaged or is not of `n_layer` layers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                raise ValueError("a zip bomb")
+        with np.load(path, allow_pickle=False) as archive:
+            histograms = {"iteration": int(archive["iteration"])}
+            for kind in HISTOGRAMS:
+                counts, edges = archive[f"{kind}_counts"], archive[f"{kind}_edges"].astype(np.float64)
+                if counts.shape[0] != n_layer or edges.shape != (n_layer, counts.shape[1] + 1):
+                    raise ValueError("shapes that do not fit")
+                if not (np.isfinite(edges).all() and (np.diff(edges) > 0).all() and (counts >= 0).all()):
+                    raise ValueError("no histogram")
+                histograms[f"{kind}_edges"] = edges
+                histograms[f"{kind}_density"] = counts / counts.sum(axis=1, keepdims=True) / np.diff(edges)
+    except Exception as error:  # zipfile and NumPy raise a dozen kinds for a file that is not what it says
+        raise ValueError(f"{path} is damaged, or of a network with another n_layer; train again") from error
+    return histograms
+
+
+# ---- what compares with the published run ---------------------------------------------------------------------------
+
+
+def same_text_and_tokenizer(metrics):
+    """Whether nats per token compare with the published ones: as many characters a token, within 1 %."""
+    chars_per_token = np.nanmedian(metrics["val_loss"] / metrics["val_nats_per_char"])
+    return abs(chars_per_token / REFERENCE_CHARS_PER_TOKEN - 1) < 0.01
+
+
+def reference_zeros(metrics):
+    """The published shares of zeros at the end of training (5,), or None for a run that is not like it."""
+    like_it = len(metrics["relu_zeros"]) == len(REFERENCE_ZEROS) and metrics["iteration"][-1] >= 4500
+    return REFERENCE_ZEROS if like_it and same_text_and_tokenizer(metrics) else None
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def layer_colors(n_layer):
+    """From the first layer, dark, to the last, bright; the palest end of viridis would vanish on white."""
+    return matplotlib.colormaps["viridis"](np.linspace(0, 0.87, n_layer))
+
+
+def line_style(metrics):
+    """Points where they are few enough to be told apart, and a lone evaluation needs one to be seen."""
+    return {"marker": "o", "markersize": 3.5, "linewidth": 1.6} if len(metrics["iteration"]) <= 60 else {}
+
+
+def headline(figure, axes, title, explanation):
+    """What to see, in bold, and under it how to read the picture."""
+    figure.suptitle(title, x=0.01, horizontalalignment="left")
+    axes.set_title(explanation)
+
+
+def table_legend(axes, handles, header, rows, **place):
+    """A legend that is a table: `header` and each of `rows`, one for each handle, are as many cells of text."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
+    lines = [line.replace(" ", "\N{NO-BREAK SPACE}") for line in lines]  # SVG shrinks a run of plain spaces to one
+    font = {"family": "monospace", "size": 8.5}
+    axes.legend(handles, lines[1:], title=lines[0], prop=font, title_fontproperties=font, alignment="right", **place)
+
+
+def draw_loss(metrics):
+    """Losses against iterations, tokens and passes over the text, and the learning rate in a strip below."""
+    iteration, train, val = metrics["iteration"], metrics["train_loss"], metrics["val_loss"]
+    figure = Figure(figsize=(WIDTH, 5.6))
+    axes, strip = figure.subplots(2, height_ratios=[6, 1], sharex=True)
+    style = line_style(metrics)
+    axes.plot(iteration, train, color=TRAIN_COLOR, label="train", **style)
+    axes.plot(iteration, val, color=VAL_COLOR, label="validation", **style)
+    if same_text_and_tokenizer(metrics):
+        reached = np.searchsorted(REFERENCE_ITERATION, iteration[-1]) + 1  # up to the first point past our end
+        thin = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 4, "alpha": 0.75}
+        for loss, color, name in [(REFERENCE_TRAIN, TRAIN_COLOR, "train"), (REFERENCE_VAL, VAL_COLOR, "validation")]:
+            axes.plot(REFERENCE_ITERATION[:reached], loss[:reached], color=color, label=f"{name}, published run", **thin)
+    axes.legend(loc="upper right")
+    axes.set(yscale="log", ylabel="loss, nats per token")  # logarithmic, or the first drop would flatten all the rest
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+    title = "Loss: not a number in any evaluation"
+    if np.isfinite(val).any():
+        best = np.nanargmin(val)
+        chars = metrics["val_nats_per_char"]
+        per_token = val[best] / chars[best]
+        title = (f"Validation loss: at best {val[best]:.4f} nats per token, {chars[best]:.4f} nats per character, "
+                 f"at iteration {iteration[best]:,.0f}")
+        axes.plot(iteration[best], val[best], "*", markersize=15, color=VAL_COLOR, markeredgecolor="white", zorder=5)
+        right = axes.secondary_yaxis("right", functions=(lambda y: y / per_token, lambda y: y * per_token))
+        right.set_ylabel("nats per character")
+        right.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter(NullFormatter())
+    headline(figure, axes, title, "Lower is better. Where validation parts from training, the network learns its text by heart.")
+
+    if iteration[-1] > 0:
+        tokens, epochs = metrics["tokens_seen"][-1] / iteration[-1], metrics["epochs"][-1] / iteration[-1]
+        top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens / 1e6, lambda x: x / tokens * 1e6))
+        top.set_xlabel("million tokens seen (passes over the training text)")
+        top.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} ({x * 1e6 * epochs / tokens:.1f})"))
+
+    strip.plot(iteration, metrics["learning_rate"], color=GREY)
+    strip.set(xlabel="iteration", ylabel="learning\nrate", ylim=(0, None))
+    strip.yaxis.set_major_locator(MaxNLocator(2))
+    strip.yaxis.set_major_formatter("{x:.0e}")
+    strip.xaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+def draw_training(metrics):
+    """Share of zeros and of dead units of each layer's ReLU against iterations."""
+    iteration, zeros, dead = metrics["iteration"], metrics["relu_zeros"], metrics["relu_dead"]
+    figure = Figure(figsize=(WIDTH, 5.2))
+    upper, lower = figure.subplots(2, sharex=True)
+    published = reference_zeros(metrics)
+    for layer, color in enumerate(layer_colors(len(zeros))):
+        upper.plot(iteration, zeros[layer], color=color, label=f"layer {layer + 1}", **line_style(metrics))
+        lower.plot(iteration, dead[layer], color=color, **line_style(metrics))
+        if published is not None:
+            upper.plot(REFERENCE_ITERATION[-1], published[layer], "D", color=color, markeredgecolor="black")
+    if published is not None:
+        upper.plot([], [], "D", color="white", markeredgecolor="black", label="published run, at its end")
+    upper.legend(loc="lower right", ncols=2)
+    most = f"at most {np.nanmax(dead):.1%} of a layer's" if np.nan_to_num(dead).any() else "none of the"
+    headline(figure, upper, f"Do ReLUs die? Here {most} units did in any evaluation",
+             "Outputs that are exactly zero: a unit is silent for some tokens and fires for others.")
+    lower.set_title("Dead units: those that fire for no token of the whole batch, and so learn nothing from it.")
+    lower.set(xlabel="iteration", ylim=(0, max(0.01, np.nanmax(dead, initial=0) * 1.1)))
+    for axes in (upper, lower):
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    lower.xaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+def draw_outputs(metrics, histograms, row):
+    """The distribution of each ReLU's outputs; `row` is the evaluation in `metrics` that the histograms are of."""
+    figure = Figure(figsize=(WIDTH, 4.6))
+    axes = figure.subplots()
+    mean, std, zeros, dead = (metrics[f"relu_{name}"][:, row] for name in ("mean", "std", "zeros", "dead"))
+    published = reference_zeros(metrics)
+    handles, rows = [], []
+    for layer, color in enumerate(layer_colors(len(mean))):
+        handles.append(axes.stairs(histograms["relu_density"][layer], histograms["relu_edges"][layer], color=color,
+                                   linewidth=1.5, baseline=None))
+        rows.append([f"layer {layer + 1}", f"{mean[layer]:.3f}", f"{std[layer]:.3f}", f"{zeros[layer]:.1%}",
+                     f"{dead[layer]:.1%}"] + ([] if published is None else [f"{published[layer]:.1%}"]))
+    header = ["", "mean", "std", "zeros", "dead units"] + ([] if published is None else ["zeros, published"])
+    table_legend(axes, handles, header, rows, loc="upper right")
+    headline(figure, axes, f"ReLU outputs: {zeros.min():.0%} to {zeros.max():.0%} are exactly zero",
+             f"Iteration {histograms['iteration']:,}. The spike on the left is the zeros; what fires falls off to the right.")
+    axes.set(yscale="log", xlabel="output of the ReLU", ylabel="density (logarithmic)", xlim=(0, None))
+    return figure
+
+
+def draw_gradients(metrics, histograms, row):
+    """The distribution of the loss's gradient at each ReLU; `row` as in draw_outputs."""
+    figure = Figure(figsize=(WIDTH, 4.6))
+    axes = figure.subplots()
+    mean, std = metrics["relu_grad_mean"][:, row], metrics["relu_grad_std"][:, row]
+    handles, rows = [], []
+    for layer, color in enumerate(layer_colors(len(mean))):
+        handles.append(axes.stairs(histograms["relu_grad_density"][layer], histograms["relu_grad_edges"][layer],
+                                   color=color, linewidth=1.5, baseline=None))
+        rows.append([f"layer {layer + 1}", f"{mean[layer]:.1e}", f"{std[layer]:.1e}"])
+    table_legend(axes, handles, ["", "mean", "std"], rows, loc="upper right")
+    headline(figure, axes, f"Gradients at the ReLUs: widest in layer {std.argmax() + 1}, "
+             f"{std.max() / std.min():.1f} times as wide as in layer {std.argmin() + 1}",
+             f"Iteration {histograms['iteration']:,}. Curves alike: every layer learns. A spike in one of them: that layer starves.")
+    axes.set(yscale="log", xlabel="gradient of the loss at the ReLU", ylabel="density (logarithmic)")
+    return figure
+
+
+def save(figure, path):
+    """Write `figure` to `path`, in the format of its suffix, the same bytes for the same figure."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+    print(path)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def draw_all(out_dir, suffix):
+    """Draw every picture for which `out_dir` holds the figures. Raises ValueError or OSError."""
+    metrics = read_metrics(out_dir / "metrics.csv")
+    save(draw_loss(metrics), out_dir / f"loss.{suffix}")
+    save(draw_training(metrics), out_dir / f"relu_training.{suffix}")
+
+    path = out_dir / "histograms.npz"
+    if not path.exists():
+        print(f"plots.py: {path} is missing, so no ReLU histograms: train.py writes it", file=sys.stderr)
+        return
+    histograms = read_histograms(path, n_layer=len(metrics["relu_zeros"]))
+    rows = np.flatnonzero(metrics["iteration"] == histograms["iteration"])
+    if len(rows) == 0:
+        raise ValueError(f"{path} is of iteration {histograms['iteration']}, which metrics.csv lacks; train again")
+    save(draw_outputs(metrics, histograms, rows[-1]), out_dir / f"relu_outputs.{suffix}")
+    save(draw_gradients(metrics, histograms, rows[-1]), out_dir / f"relu_gradients.{suffix}")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=CHECKPOINTS,
+                        help="folder of the run, read and written (default: checkpoints/ beside this script)")
+    parser.add_argument("--format", choices=("png", "svg"), default="png",
+                        help="png, pixels, or svg, vector graphics (default: png)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    try:
+        with matplotlib.rc_context(STYLE):
+            draw_all(args.out_dir, args.format)
+    except (ValueError, OSError) as error:
+        sys.exit(f"plots.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""data/prepare.py against a server on this machine: the right text lands whole, or nothing changes and one line says why."""
+import hashlib
+import importlib
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "data" / "prepare.py"
+TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 5_000  # stands for Tiny Shakespeare
+
+
+class Server(ThreadingHTTPServer):
+    """Answers every GET with `body`; announces `length` bytes; after `pause_after` bytes waits for `resume`."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.status, self.body, self.length = 200, TEXT, len(TEXT)
+        self.pause_after, self.paused, self.resume = None, threading.Event(), threading.Event()
+        self.requests = 0
+        self.url = f"http://127.0.0.1:{self.server_port}/input.txt"
+
+    def handle_error(self, request, client_address):
+        """A client that hangs up, as ours does when it is killed, is no fault of the server."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        server.requests += 1
+        self.send_response(server.status)
+        self.send_header("Content-Length", str(server.length))
+        self.end_headers()
+        pause = len(server.body) if server.pause_after is None else server.pause_after
+        self.wfile.write(server.body[:pause])
+        if server.pause_after is not None:
+            server.paused.set()
+            server.resume.wait(60)
+            self.wfile.write(server.body[pause:])
+
+    def log_message(self, *args):
+        """Keep the output of the tests quiet."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.resume.set()
+    server.shutdown()
+    server.server_close()
+
+
+def constants(server, folder):
+    """What prepare.py is told instead of the real address, hash and place."""
+    return {"URL": server.url, "SIZE": len(TEXT), "SHA256": hashlib.sha256(TEXT).hexdigest(),
+            "PATH": folder / "input.txt", "REMEDY": "Put any UTF-8 text at input.txt, or pass --data_path"}
+
+
+@pytest.fixture
+def prepare(server, tmp_path, monkeypatch):
+    """prepare.py as a module that downloads from `server` into `tmp_path`."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    module = importlib.import_module("prepare")
+    for name, value in constants(server, tmp_path).items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    return module
+
+
+def start(server, folder):
+    """The same in a process of its own, which can be killed."""
+    code = (f"import sys; from pathlib import *; sys.path.insert(0, {str(SCRIPT.parent)!r}); import prepare\n"
+            f"vars(prepare).update({constants(server, folder)!r}); sys.argv = ['prepare.py']; prepare.main()")
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def failure(prepare):
+    """The line that the script dies with; nothing may have been written."""
+    with pytest.raises(SystemExit) as exit:
+        prepare.main()
+    assert isinstance(exit.value.code, str) and "\n" not in exit.value.code  # sys.exit(line): to stderr, status 1
+    assert os.listdir(prepare.PATH.parent) == []
+    return exit.value.code
+
+
+def test_a_good_download_is_written_whole_and_leaves_nothing_else(prepare, capsys):
+    prepare.main()
+    assert prepare.PATH.read_bytes() == TEXT
+    assert os.listdir(prepare.PATH.parent) == ["input.txt"]
+    out, err = capsys.readouterr()
+    assert f"{len(TEXT):,} bytes" in out
+    assert "100%" in err  # the progress bar
+
+
+def test_the_right_text_is_not_downloaded_again(prepare, server, capsys):
+    prepare.main()
+    prepare.main()
+    assert server.requests == 1
+    assert "already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own_text", [b"my own novel", b"", TEXT[:-1], b"\xff\xfe binary \x00"])
+def test_another_text_is_left_alone(prepare, server, capsys, own_text):
+    prepare.PATH.write_bytes(own_text)
+    prepare.main()
+    assert prepare.PATH.read_bytes() == own_text
+    assert server.requests == 0
+    assert "stays as it is" in capsys.readouterr().out
+
+
+def test_a_folder_in_the_place_of_the_text_is_one_line(prepare):
+    prepare.PATH.mkdir()
+    with pytest.raises(SystemExit, match="input.txt"):
+        prepare.main()
+
+
+def test_a_changed_text_is_not_kept(prepare, server):
+    server.body = TEXT[:-1] + b"?"
+    assert "wrong SHA-256" in failure(prepare)
+
+
+def test_an_endless_text_is_refused_after_one_byte_too_many(prepare, server):
+    server.body, server.length, server.pause_after = TEXT * 2, len(TEXT) * 1_000_000, len(TEXT) + 1
+    assert "wrong SHA-256" in failure(prepare)  # the server still waits: we did not ask for more
+
+
+def test_a_download_that_breaks_off_says_how_far_it_came(prepare, server):
+    server.body = TEXT[:100_000]
+    line = failure(prepare)
+    assert "100,000" in line or "IncompleteRead" in line
+    assert "--data_path" in line
+
+
+def test_a_missing_page_is_one_line(prepare, server):
+    server.status = 404
+    line = failure(prepare)
+    assert "404" in line and server.url in line
+
+
+def test_no_network_says_what_to_do(prepare, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, but not listening: every connection is refused
+        monkeypatch.setattr(prepare, "URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
+        line = failure(prepare)
+    assert "put any utf-8 text at" in line.lower() and "--data_path" in line
+
+
+def test_a_server_that_falls_silent_is_given_up(prepare, server, monkeypatch):
+    monkeypatch.setattr(prepare, "TIMEOUT", 0.2)
+    server.pause_after = 1_000
+    assert "timed out" in failure(prepare)
+
+
+def test_an_interrupt_is_one_line(prepare, monkeypatch):
+    monkeypatch.setattr(prepare, "download", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert "nothing was written" in failure(prepare)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(prepare, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(prepare, "PATH", tmp_path / "file" / "input.txt")
+    with pytest.raises(SystemExit, match="prepare.py: .*file"):
+        prepare.main()
+
+
+def test_killed_in_mid_download_nothing_is_there_and_the_next_run_works(prepare, server, tmp_path):
+    server.pause_after = 100_000
+    process = start(server, tmp_path)
+    assert server.paused.wait(60)
+    process.kill()
+    process.communicate()
+    assert os.listdir(tmp_path) == []
+    server.pause_after = None
+    prepare.main()
+    assert prepare.PATH.read_bytes() == TEXT
+
+
+def test_killed_at_random_instants_the_text_is_whole_or_absent(server, tmp_path):
+    chance = random.Random(0)
+    for _ in range(10):
+        (tmp_path / "input.txt").unlink(missing_ok=True)
+        asked = server.requests
+        process = start(server, tmp_path)
+        while server.requests == asked and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))  # from the request to the end of the script
+        process.kill()
+        process.communicate()
+        assert set(os.listdir(tmp_path)) <= {"input.txt", ".input.txt.tmp"}
+        assert not (tmp_path / "input.txt").exists() or (tmp_path / "input.txt").read_bytes() == TEXT
+
+
+def test_help_and_unknown_flags():
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "never replaces" in shown.stdout
+    wrong = subprocess.run([sys.executable, SCRIPT, "--nonsense"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+
+
+def test_the_script_knows_the_real_text():
+    """The constants in the script against the text itself, where it is there."""
+    text = SCRIPT.parent / "input.txt"
+    if not text.exists() and not os.environ.get("CI"):
+        pytest.skip("data/input.txt is missing: run `python data/prepare.py`")
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, cwd=SCRIPT.anchor)
+    assert done.returncode == 0 and "is Tiny Shakespeare already" in done.stdout, done.stdout + done.stderr
