@@ -1,0 +1,598 @@
+"""Byte-pair encoding from scratch: learns a vocabulary of tokens from a text, and cuts any text into them.
+
+    python tokenizer.py train                                      # learn 500 tokens from data/input.txt
+    python tokenizer.py show "ROMEO: speak"                        # see a text cut into its tokens
+    python tokenizer.py encode "ROMEO: speak" | python tokenizer.py decode
+    python tokenizer.py vocab                                      # the learned tokens, and how often they occur
+
+Tokens 0 to 255 are the bytes. Each further one is the most frequent pair of neighbours in the text so far, merged
+into a single token (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a pair, `learn` chooses the
+pairs, `BasicTokenizer` applies them to any text; the rest of the file reads and writes files.
+"""
+
+import argparse
+import codecs
+import hashlib
+import os
+import pickle
+import pickletools
+import sys
+from contextlib import contextmanager, suppress
+from heapq import heapify, heappop, heappush, heapreplace
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+CHECKPOINTS = HERE / "checkpoints"
+DEFAULT_TEXT = HERE / "data" / "input.txt"
+MERGES_FILE, VOCAB_FILE = "merges.pkl", "vocab.pkl"
+
+SHORT = 4096  # bytes up to which replacing in a string encodes faster than an index of the text
+BLOCK = 1 << 20  # bytes encoded at a time: bounds the memory, and stays in the processor's cache
+MAX_VOCAB = 1 << 20  # a token is also a character (see `encode_short`), and Unicode ends at 0x10FFFF
+MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens together: a crafted one must not fill the memory
+
+
+# ------------------------------------------------------------------------------------------------- the algorithm
+
+
+class TokenSequence:
+    """A text as a sequence of tokens, laid over its bytes so that a merge moves nothing.
+
+    `head[i]` is the token that starts at byte i, `tail[i]` the one that ends there; where none does they hold `hole`.
+
+        text         a    b    c    a    b
+        head, tail   97   98   99   97   98       merge (97, 98) into 256:   head   256  .    99   256  .
+                                                                             tail   .    256  99   .    256
+
+    `where[token]` are the places where a token started when last looked at. Places are only ever lost, so looking
+    there and nowhere else finds them all, and a merge costs what the rarer of its tokens has places.
+    """
+
+    def __init__(self, data, vocab_size):
+        dtype = np.uint16 if vocab_size < 1 << 16 else np.uint32
+        self.hole = np.iinfo(dtype).max
+        self.head = np.append(np.frombuffer(data, np.uint8), dtype(self.hole))  # head[n] and tail[-1] are no token
+        self.tail = self.head.copy()
+        self.size = [1] * 256  # bytes of each token
+        self.count = np.bincount(self.head[:-1], minlength=256).tolist()  # len(where[token]), known before it is made
+        self.where = {}
+
+    def places(self, token):
+        """Byte positions at which a token starts, ascending int64."""
+        if token in self.where:
+            places = self.where[token]
+            places = places[self.head[places] == token]
+        else:
+            places = np.flatnonzero(self.head == token)
+        self.where[token], self.count[token] = places, len(places)
+        return places
+
+    def find(self, pair):
+        """Byte positions at which a pair of neighbours starts, ascending int64, overlaps included.
+
+        [1, 2, 3, 1, 2] with (1, 2) -> [0, 3];  [1, 1, 1] with (1, 1) -> [0, 1]
+        """
+        left, right = pair
+        if self.count[left] <= self.count[right]:
+            places = self.places(left)
+            return places[self.head[places + self.size[left]] == right]
+        places = self.places(right)
+        return places[self.tail[places - 1] == left] - self.size[left]
+
+    def merge(self, pair, places, new):
+        """Makes `new` of the pair at the `places` found, from left to right, each token used once.
+
+        [1, 2, 3, 1, 2] with (1, 2) into 4 -> [4, 3, 4];  [1, 1, 1] with (1, 1) into 4 -> [4, 1]
+
+        Returns:
+            the neighbours before and after each `new` made, `hole` at the ends of the text.
+        """
+        left, right = pair
+        if left == right:
+            places = every_other(places, self.size[left])
+        self.size.append(self.size[left] + self.size[right])
+        self.count.append(len(places))
+        self.where[new] = places
+        self.head[places + self.size[left]] = self.hole
+        self.head[places] = new
+        self.tail[places + (self.size[new] - 1)] = new
+        return self.tail[places - 1], self.head[places + self.size[new]]
+
+    def ids(self):
+        """The tokens in order, uint16 (uint32 for a vocabulary of more than 65,535)."""
+        return self.head[self.head != self.hole]
+
+
+def every_other(places, size):
+    """First, third, fifth ... of each run of places `size` apart: [0, 1, 2, 7] with size 1 -> [0, 2, 7]."""
+    rank = np.arange(len(places))
+    starts = np.diff(places, prepend=-size - 1) != size
+    return places[(rank - np.maximum.accumulate(np.where(starts, rank, 0))) % 2 == 0]
+
+
+def learn(tokens, vocab_size):
+    """Merges the most frequent pair of a TokenSequence until there are `vocab_size` tokens.
+
+    Pairs are counted at every position, overlaps included; a tie goes to the pair that occurs first.
+
+    A pair is at its most frequent, and starts earliest, when the younger of its tokens is made. So an old entry
+    (-count, first place, pair) of the heap is at least as good as the truth. One that comes to the top is looked at
+    again, and if it stays on top it is the best. `most` lowers the counts without looking: each pair that a merge
+    gives to the new token is taken from an old one.
+
+    Yields:
+        (pair, new token, count) of each merge.
+
+    Raises:
+        ValueError: if the text runs out of pairs.
+    """
+    text = tokens.head[:-1].astype(np.int64)
+    counts = np.bincount(text[:-1] * 256 + text[1:], minlength=1)
+    most = {divmod(key, 256): int(counts[key]) for key in np.flatnonzero(counts).tolist()}
+    heap = [(-count, 0, pair) for pair, count in most.items()]
+    heapify(heap)
+    for new in range(256, vocab_size):
+        pair, places = pop_best(heap, most, tokens)
+        if pair is None:
+            raise ValueError(f"the text has no pair left to merge at {new} tokens: vocab_size can be {new} at most, "
+                             f"not {vocab_size}")
+        yield pair, new, len(places)
+        first = int(places[0])
+        before, after = tokens.merge(pair, places, new)
+        counts = np.bincount(before, minlength=new)[:new]
+        for token in np.flatnonzero(counts).tolist():
+            most[token, new] = count = int(counts[token])
+            most[token, pair[0]] -= count
+            heappush(heap, (-count, first - tokens.size[token], (token, new)))
+        counts = np.bincount(after, minlength=new + 1)[:new + 1]
+        for token in np.flatnonzero(counts).tolist():
+            most[new, token] = count = int(counts[token])
+            if token != new:
+                most[pair[1], token] -= count
+            heappush(heap, (-count, first, (new, token)))
+
+
+def pop_best(heap, most, tokens):
+    """Takes the best pair off the heap of `learn`, with the places where it occurs; (None, None) if there is none."""
+    while heap:
+        count, first, pair = heap[0]
+        is_counted = most[pair] == -count
+        if is_counted:
+            places = tokens.find(pair)
+            most[pair], first = len(places), int(places[0]) if len(places) else 0
+        if not most[pair]:
+            heappop(heap)
+            continue
+        entry = (-most[pair], first, pair)
+        heapreplace(heap, entry)
+        if is_counted and heap[0] is entry:
+            heappop(heap)
+            return pair, places
+    return None, None
+
+
+# ------------------------------------------------------------------------------------------------- the tokenizer
+
+
+class BasicTokenizer:
+    """Byte-level BPE without special tokens: ids 0 to 255 are the bytes, the others are merges, in order.
+
+    With a `data_path` it learns `vocab_size` tokens from that text and writes merges.pkl and vocab.pkl into
+    `out_dir`; without, it loads them from there.
+
+        tokenizer = BasicTokenizer(data_path="data/input.txt", vocab_size=500, verbose=True)
+        tokenizer = BasicTokenizer()
+        tokenizer.decode(tokenizer.encode("Hi")) == "Hi"
+
+    Attributes:
+        merges: {(int, int): int}, the pair each token from 256 on was made of.
+        vocab: {int: bytes}, what each token spells.
+        vocab_size: number of tokens.
+        fingerprint: SHA-256 of the merges, hexadecimal; equal if and only if the tokenizers are.
+
+    Raises:
+        ValueError: text or tokenizer files missing, unreadable or invalid, or `vocab_size` impossible.
+        OSError: the files cannot be written.
+    """
+
+    def __init__(self, data_path=None, vocab_size=500, verbose=False, out_dir=CHECKPOINTS):
+        self.data_path, self.verbose, self.out_dir = data_path, verbose, Path(out_dir)
+        if data_path is None:
+            self._use(*load_pair(self.out_dir))
+        else:
+            self.vocab_size = vocab_size
+            self.train()
+
+    def train(self, data_path=None):
+        """Learns the merges from the text and writes them. Prints the compression ratio (if verbose, each merge)."""
+        from tqdm import tqdm  # here, as only training has use for it
+
+        self.data_path = data_path or self.data_path
+        if self.data_path is None:
+            raise ValueError("this tokenizer was loaded, not made from a text: give train() a data_path")
+        if not 256 <= self.vocab_size <= MAX_VOCAB:
+            raise ValueError(f"vocab_size must be from 256 (the bytes) to {MAX_VOCAB}, not {self.vocab_size}")
+        data = read_text(self.data_path).encode()
+        tokens = TokenSequence(data, self.vocab_size)
+        merges, vocab = {}, spell({})
+        steps = tqdm(learn(tokens, self.vocab_size), "merges", self.vocab_size - 256, delay=1, leave=False)
+        for pair, new, count in steps:
+            merges[pair], vocab[new] = new, vocab[pair[0]] + vocab[pair[1]]
+            if self.verbose:
+                tqdm.write(f"merge {len(merges)}/{self.vocab_size - 256}: {pair} -> {new} ({vocab[new]}) "
+                           f"had {count} occurrences")
+        save_pair(self.out_dir, merges, vocab)
+        self._use(merges, vocab)
+        print(f"compression ratio: {len(data) / len(tokens.ids()):.2f}X")
+
+    def _use(self, merges, vocab):
+        self.merges, self.vocab, self.vocab_size = merges, vocab, len(vocab)
+        self.fingerprint = hashlib.sha256("".join(f"{a} {b}\n" for a, b in merges).encode()).hexdigest()
+        self._dtype = np.uint16 if self.vocab_size < 1 << 16 else np.uint32
+        self._as_strings = [(chr(a) + chr(b), chr(new)) for (a, b), new in merges.items()]
+        self._joints = {vocab[a][-1:] + vocab[b][:1] for a, b in merges}  # neighbouring bytes that a token may join
+
+    def encode(self, text):
+        """Token ids of a text, a list of int. Prints the compression ratio, bytes per token."""
+        data = to_bytes(text)
+        ids = self.encode_array(data).tolist()
+        print(f"compression ratio: {len(data) / max(len(ids), 1):.2f}X")
+        return ids
+
+    def encode_array(self, text):
+        """Token ids of a text (str, or bytes), as a NumPy array: uint16, or uint32 for more than 65,535 tokens."""
+        data = to_bytes(text)
+        if len(data) <= SHORT:
+            return self._encode_short(data)
+        return np.concatenate([self._encode_long(block) for block in self._blocks(data)])
+
+    def _encode_short(self, data):
+        """Every merge in order, as a replacement in a string that has a character for each token."""
+        string = data.decode("latin-1")  # the byte 97 is the character 97
+        for pair, new in self._as_strings:
+            if pair in string:
+                string = string.replace(pair, new)
+        return np.fromiter(map(ord, string), self._dtype, len(string))
+
+    def _encode_long(self, data):
+        """Every merge in order, at the places an index of the text finds."""
+        tokens = TokenSequence(data, self.vocab_size)
+        for pair, new in self.merges.items():
+            tokens.merge(pair, tokens.find(pair), new)
+        return tokens.ids()
+
+    def _blocks(self, data):
+        """Cuts bytes into blocks, only between two that no token joins: so the tokens are those of the whole."""
+        start = 0
+        while start < len(data):
+            end = start + BLOCK
+            while end < len(data) and data[end - 1:end + 1] in self._joints:
+                end += 1
+            yield data[start:end]
+            start = end
+
+    def decode(self, ids):
+        """The text of token ids (any iterable of int); bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids):
+        """The bytes of token ids. Raises ValueError for an id that is not in the vocabulary."""
+        try:
+            return b"".join([self.vocab[token] for token in ids])
+        except KeyError as error:
+            raise ValueError(f"there is no token {error}: the ids are 0 to {self.vocab_size - 1}") from None
+
+
+def to_bytes(text):
+    """UTF-8 of a str, bytes as they are. Bytes of a command line that are not UTF-8 come back as they were given."""
+    if isinstance(text, bytes):
+        return text
+    try:
+        return text.encode("utf-8", errors="surrogateescape")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return text.encode("utf-8", errors="surrogatepass")
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic_write(path):
+    """A binary file to write, which takes the place of `path` when all is written, and not before.
+
+    Whatever happens, `path` is what it was or all of the new file. The temporary beside it, `.{name}.tmp`, is gone
+    after an exception; a killed process leaves it for the next write to replace. Creates the folder.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
+    path = Path(path)
+    temporary = temporary_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if not error.strerror:  # it has its message, from an atomic_write within this one
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_of(path):
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync_folder(folder):
+    """Makes a renaming in a folder outlast a power cut (on Windows it does without)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def read_text(path):
+    """The text of a UTF-8 file. A byte-order mark is dropped; line ends, CRLF too, stay as they are.
+
+    Raises:
+        ValueError: the file is missing, a folder, unreadable, empty, binary, or in another encoding.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"there is no text at {path}: run python data/prepare.py, or pass --data_path")
+    try:
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; pass a text file with --data_path") from error
+    if not data:
+        raise ValueError(f"{path} is empty: pass a text with --data_path")
+    nuls = data.count(0, 0, 1 << 16), data[:1 << 16:2].count(0)
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or nuls[0] > 99 and nuls[1] in (0, nuls[0]):
+        raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8")
+    if 0 in data:
+        raise ValueError(f"{path} is binary, not text (byte {data.index(0)} is zero): pass a text with --data_path")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}), Latin-1 perhaps: "
+                         "convert it with iconv -f LATIN1 -t UTF-8") from error
+
+
+def save_pair(folder, merges, vocab):
+    """Writes merges.pkl and vocab.pkl so that a kill at any instant leaves the old pair or the new one to `load_pair`.
+
+    Between the two renames the new vocabulary lies beside the old merges, and the new merges wait in the temporary,
+    whole and on disk, where `load_pair` finds them.
+    """
+    finish_save(folder)
+    with atomic_write(folder / MERGES_FILE) as merges_file, atomic_write(folder / VOCAB_FILE) as vocab_file:
+        pickle.dump(vocab, vocab_file)
+        pickle.dump(merges, merges_file)
+        merges_file.flush()
+        os.fsync(merges_file.fileno())
+
+
+def finish_save(folder):
+    """Makes the second rename of a save that was killed before it."""
+    waiting = temporary_of(folder / MERGES_FILE)
+    if waiting.exists():
+        with suppress(ValueError):  # killed earlier, half-written or with the old vocabulary: the old pair is whole
+            if spell(read_merges(waiting)) == read_vocab(folder / VOCAB_FILE):
+                os.replace(waiting, folder / MERGES_FILE)
+
+
+def load_pair(folder):
+    """merges {(int, int): int} and vocab {int: bytes} as `save_pair` wrote them. No code in the files can run.
+
+    Raises:
+        ValueError: a file is missing or damaged, or they do not belong together.
+    """
+    waiting = temporary_of(folder / MERGES_FILE)
+    for path in (folder / MERGES_FILE, waiting, folder / MERGES_FILE):  # again, if a save has ended meanwhile
+        if path.exists():
+            merges, vocab = read_merges(path), read_vocab(folder / VOCAB_FILE)
+            if spell(merges) == vocab:
+                return merges, vocab
+    if not (folder / MERGES_FILE).exists():
+        raise ValueError(f"there is no tokenizer in {folder}: run python tokenizer.py train")
+    raise ValueError(f"{folder / VOCAB_FILE} is not what {folder / MERGES_FILE} spells: run python tokenizer.py train")
+
+
+def spell(merges):
+    """The vocabulary that merges make: {(97, 98): 256} -> {0: b"\\x00", ..., 255: b"\\xff", 256: b"ab"}."""
+    vocab = {token: bytes([token]) for token in range(256)}
+    for (left, right), new in merges.items():
+        vocab[new] = vocab[left] + vocab[right]
+    return vocab
+
+
+def read_merges(path):
+    """Checked merges of a pickle. Raises ValueError unless each makes the next id, from 256 on, of two earlier ones."""
+    merges, sizes, total = read_pickle(path), [1] * 256, 256
+    for new, (pair, made) in enumerate(merges.items(), 256):
+        if not (type(pair) is tuple and type(made) is int and made == new and all(token < new for token in pair)):
+            raise invalid(path, f"the merge {pair} -> {made} is not one that makes {new} of two earlier tokens")
+        sizes.append(sizes[pair[0]] + sizes[pair[1]])
+        total += sizes[-1]
+        if total > MAX_BYTES or new >= MAX_VOCAB:
+            raise invalid(path, f"more than {MAX_VOCAB} tokens, or {MAX_BYTES} bytes in them")
+    return merges
+
+
+def read_vocab(path):
+    """Checked vocabulary of a pickle. Raises ValueError unless it is a dict of int to bytes."""
+    vocab = read_pickle(path)
+    for token, spelling in vocab.items():
+        if type(token) is not int or type(spelling) is not bytes:
+            raise invalid(path, f"{token!r:.40}: {spelling!r:.40} is not an id and its bytes")
+    return vocab
+
+
+def read_pickle(path):
+    """A pickled dict of int, bytes and pairs of int, as `pickle.dump` writes it, protocols 0 to 5.
+
+    `pickle.load` would run whatever code a file asks for. This knows the few instructions such a dict needs, and
+    none that could import, call, or make anything that is not in the file.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no {path}: run python tokenizer.py train")
+    if path.stat().st_size > MAX_BYTES:
+        raise invalid(path, f"it is larger than {MAX_BYTES} bytes")
+    try:
+        return run_pickle(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, LookupError) as error:
+        raise invalid(path, error) from error
+
+
+def run_pickle(data):
+    """Value of a pickle, see `read_pickle`. Raises ValueError or LookupError if it holds anything else."""
+    stack, memo = [], {}
+    mark = object()
+
+    def pop_to_mark():
+        start = len(stack) - 1 - stack[::-1].index(mark)
+        items = stack[start + 1:]
+        del stack[start:]
+        return items
+
+    for instruction, argument, _ in pickletools.genops(data):
+        match instruction.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "INT" | "SHORT_BINBYTES" | "BINBYTES":
+                stack.append(argument)
+            case "MARK":
+                stack.append(mark)
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "TUPLE" | "TUPLE2":
+                pair = pop_to_mark() if instruction.name == "TUPLE" else [stack.pop(-2), stack.pop()]
+                if [type(item) for item in pair] != [int, int]:
+                    raise ValueError("a tuple that is not a pair of int")
+                stack.append(tuple(pair))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "DICT":
+                items = pop_to_mark()
+                stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+            case "SETITEM" | "SETITEMS":
+                items = pop_to_mark() if instruction.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case "STOP" if len(stack) == 1 and type(stack[0]) is dict:
+                return stack[0]
+            case name:
+                raise ValueError(f"a dict of numbers and bytes needs no {name}")
+
+
+def invalid(path, reason):
+    return ValueError(f"{path} is no tokenizer file ({reason}): run python tokenizer.py train")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def visible(token):
+    """The bytes of a token as one line of printable text: b"a\\n\\xff" -> 'a\\\\n\\\\xff'."""
+    text = token.decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def train(args):
+    BasicTokenizer(args.data_path, args.vocab_size, args.verbose, args.out_dir)
+
+
+def encode(args):
+    data = to_bytes(args.text) if args.text is not None else sys.stdin.buffer.read()
+    ids = BasicTokenizer(out_dir=args.out_dir).encode_array(data)
+    print(*ids.tolist())
+    print(f"compression ratio: {len(data) / max(len(ids), 1):.2f}X", file=sys.stderr)
+
+
+def decode(args):
+    ids = args.ids or sys.stdin.read().split()
+    if not all(token.isdecimal() for token in ids):
+        raise ValueError(f"{next(token for token in ids if not token.isdecimal())!r} is not a token id")
+    sys.stdout.buffer.write(BasicTokenizer(out_dir=args.out_dir).decode_bytes(map(int, ids)))
+
+
+def show(args):
+    """Prints each token with its id: shaded on a terminal, in brackets elsewhere; lines break where the text does."""
+    tokenizer = BasicTokenizer(out_dir=args.out_dir)
+    data = to_bytes(args.text) if args.text is not None else sys.stdin.buffer.read()
+    shade = "\x1b[30;{}m{}\x1b[0m\x1b[2m{}\x1b[0m" if sys.stdout.isatty() else None
+    for index, token in enumerate(tokenizer.encode_array(data).tolist()):
+        text = visible(tokenizer.vocab[token])
+        piece = shade.format(46 + index % 2, text, token) if shade else f"[{token} {text}]"
+        print(piece, end="\n" if tokenizer.vocab[token].endswith(b"\n") else "")
+    print()
+
+
+def vocab(args):
+    """Prints the learned tokens: id, pair it was made of, how often the text uses it, spelling."""
+    tokenizer = BasicTokenizer(out_dir=args.out_dir)
+    counts = np.bincount(tokenizer.encode_array(read_text(args.data_path)), minlength=tokenizer.vocab_size)
+    print(f"{'id':>7} {'pair':>16} {'count':>9}  token")
+    for pair, new in tokenizer.merges.items():
+        print(f"{new:>7} {str(pair):>16} {counts[new]:>9}  [{visible(tokenizer.vocab[new])}]")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Byte-pair encoding: learn tokens from a text, and use them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, summary, with_text=False, with_data=False):
+        sub = commands.add_parser(function.__name__, help=summary, description=summary)
+        sub.set_defaults(function=function, error=sub.error)
+        sub.add_argument("--out_dir", type=Path, default=CHECKPOINTS, metavar="FOLDER",
+                         help="folder of merges.pkl and vocab.pkl (default: checkpoints/ beside this script)")
+        if with_text:
+            sub.add_argument("text", nargs="?", help="text (default: standard input)")
+        if with_data:
+            sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, metavar="FILE",
+                             help="UTF-8 text to read (default: data/input.txt beside this script)")
+        return sub
+
+    sub = command(train, "learn tokens from a text, and write merges.pkl and vocab.pkl", with_data=True)
+    sub.add_argument("--vocab_size", type=int, default=500, metavar="N",
+                     help="number of tokens, the 256 bytes included (default: 500)")
+    sub.add_argument("--verbose", action="store_true", help="print every merge")
+    command(encode, "print the token ids of a text", with_text=True)
+    sub = command(decode, "print the text of token ids")
+    sub.add_argument("ids", nargs="*", metavar="ID", help="token ids (default: standard input)")
+    command(show, "print a text cut into its tokens, with their ids", with_text=True)
+    command(vocab, "list the learned tokens with their counts in a text", with_data=True)
+    args = parser.parse_args()
+    if not 256 <= getattr(args, "vocab_size", 256) <= MAX_VOCAB:
+        args.error(f"argument --vocab_size: must be from 256 (the bytes) to {MAX_VOCAB}, not {args.vocab_size}")
+    return args
+
+
+def main():
+    args = parse_args()
+    try:
+        args.function(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        sys.exit(f"tokenizer.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tokenizer.py: interrupted, nothing written")
+
+
+if __name__ == "__main__":
+    main()
