@@ -18,7 +18,7 @@ import pickle
 import pickletools
 import sys
 from contextlib import contextmanager, suppress
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heappop, heappush, heapreplace
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,9 @@ DEFAULT_TEXT = HERE / "data" / "input.txt"
 MERGES_FILE, VOCAB_FILE = "merges.pkl", "vocab.pkl"
 
 SHORT = 4096  # bytes up to which replacing in a string encodes faster than an index of the text
-BLOCK = 1 << 20  # bytes encoded at a time: bounds the memory, and stays in the processor's cache
+BLOCK = 1 << 21  # bytes worked on at a time: bounds the memory, and stays in the processor's cache
 MAX_VOCAB = 1 << 20  # a token is also a character (see `encode_short`), and Unicode ends at 0x10FFFF
 MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens together: a crafted one must not fill the memory
-
-
-# ------------------------------------------------------------------------------------------------- the algorithm
 
 
 class TokenSequence:
@@ -51,19 +48,20 @@ class TokenSequence:
     """
 
     def __init__(self, data, vocab_size):
-        dtype = np.uint16 if vocab_size < 1 << 16 else np.uint32
-        self.hole = np.iinfo(dtype).max
-        self.head = np.append(np.frombuffer(data, np.uint8), dtype(self.hole))  # head[n] and tail[-1] are no token
+        text = np.frombuffer(data, np.uint8)
+        self.hole = np.min_scalar_type(vocab_size).type(vocab_size)
+        self.head = np.append(text, self.hole)  # one hole more than the text: head[n] and tail[-1] are no token
         self.tail = self.head.copy()
         self.size = [1] * 256  # bytes of each token
-        self.count = np.bincount(self.head[:-1], minlength=256).tolist()  # len(where[token]), known before it is made
+        blocks = np.array_split(text, len(text) // BLOCK + 1)
+        self.count = sum(np.bincount(block, minlength=256) for block in blocks).tolist()  # of places, at most
         self.where = {}
 
     def places(self, token):
         """Byte positions at which a token starts, ascending int64."""
         if token in self.where:
             places = self.where[token]
-            places = places[self.head[places] == token]
+            places = places.compress(self.head.take(places) == token)  # methods: faster than the same with [ ]
         else:
             places = np.flatnonzero(self.head == token)
         self.where[token], self.count[token] = places, len(places)
@@ -77,9 +75,9 @@ class TokenSequence:
         left, right = pair
         if self.count[left] <= self.count[right]:
             places = self.places(left)
-            return places[self.head[places + self.size[left]] == right]
+            return places.compress(self.head.take(places + self.size[left]) == right)
         places = self.places(right)
-        return places[self.tail[places - 1] == left] - self.size[left]
+        return places.compress(self.tail.take(places - 1, mode="wrap") == left) - self.size[left]
 
     def merge(self, pair, places, new):
         """Makes `new` of the pair at the `places` found, from left to right, each token used once.
@@ -98,11 +96,11 @@ class TokenSequence:
         self.head[places + self.size[left]] = self.hole
         self.head[places] = new
         self.tail[places + (self.size[new] - 1)] = new
-        return self.tail[places - 1], self.head[places + self.size[new]]
+        return self.tail.take(places - 1, mode="wrap"), self.head.take(places + self.size[new])
 
     def ids(self):
         """The tokens in order, uint16 (uint32 for a vocabulary of more than 65,535)."""
-        return self.head[self.head != self.hole]
+        return self.head.compress(self.head != self.hole)
 
 
 def every_other(places, size):
@@ -112,15 +110,30 @@ def every_other(places, size):
     return places[(rank - np.maximum.accumulate(np.where(starts, rank, 0))) % 2 == 0]
 
 
+def count_pairs(text):
+    """How often each byte is followed by each other, overlaps included: [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, ...}."""
+    counts = np.zeros(1 << 16, np.int64)
+    for start in range(0, len(text), BLOCK):
+        block = text[start:start + BLOCK + 1].astype(np.int64)
+        counts += np.bincount(block[:-1] * 256 + block[1:], minlength=1 << 16)
+    return {divmod(key, 256): count for key, count in tally(counts)}
+
+
+def tally(counts):
+    """The non-zero ones of an array of counts: [0, 3, 1] -> [(1, 3), (2, 1)]."""
+    keys = np.flatnonzero(counts)
+    return zip(keys.tolist(), counts[keys].tolist())
+
+
 def learn(tokens, vocab_size):
-    """Merges the most frequent pair of a TokenSequence until there are `vocab_size` tokens.
+    """Merges the most frequent pair of a TokenSequence, again and again, until there are `vocab_size` tokens.
 
-    Pairs are counted at every position, overlaps included; a tie goes to the pair that occurs first.
+    Pairs are counted at every position, overlaps included; of equals, the pair that occurs first is taken.
 
-    A pair is at its most frequent, and starts earliest, when the younger of its tokens is made. So an old entry
-    (-count, first place, pair) of the heap is at least as good as the truth. One that comes to the top is looked at
-    again, and if it stays on top it is the best. `most` lowers the counts without looking: each pair that a merge
-    gives to the new token is taken from an old one.
+    A pair is at its most frequent, and starts earliest, when the younger of its tokens is made. So an entry (-count,
+    first place, pair) of the heap may be old, but never worse than the truth. The one on top is looked up in the
+    text again, and if that leaves it on top, it is the best. `most` lowers counts without looking, as each pair that
+    a merge gives to the new token it takes from an old one.
 
     Yields:
         (pair, new token, count) of each merge.
@@ -128,52 +141,41 @@ def learn(tokens, vocab_size):
     Raises:
         ValueError: if the text runs out of pairs.
     """
-    text = tokens.head[:-1].astype(np.int64)
-    counts = np.bincount(text[:-1] * 256 + text[1:], minlength=1)
-    most = {divmod(key, 256): int(counts[key]) for key in np.flatnonzero(counts).tolist()}
-    heap = [(-count, 0, pair) for pair, count in most.items()]
-    heapify(heap)
+    heap, most = [], count_pairs(tokens.head[:-1])
+    for pair, count in most.items():
+        heappush(heap, (-count, 0, pair))
     for new in range(256, vocab_size):
         pair, places = pop_best(heap, most, tokens)
-        if pair is None:
-            raise ValueError(f"the text has no pair left to merge at {new} tokens: vocab_size can be {new} at most, "
-                             f"not {vocab_size}")
+        if not pair:
+            raise ValueError(f"the text has no pair left to merge: vocab_size can be {new} at most, not {vocab_size}")
         yield pair, new, len(places)
-        first = int(places[0])
         before, after = tokens.merge(pair, places, new)
-        counts = np.bincount(before, minlength=new)[:new]
-        for token in np.flatnonzero(counts).tolist():
-            most[token, new] = count = int(counts[token])
+        for token, count in tally(np.bincount(before, minlength=new)[:new]):
             most[token, pair[0]] -= count
-            heappush(heap, (-count, first - tokens.size[token], (token, new)))
-        counts = np.bincount(after, minlength=new + 1)[:new + 1]
-        for token in np.flatnonzero(counts).tolist():
-            most[new, token] = count = int(counts[token])
+            most[token, new] = count
+            heappush(heap, (-count, int(places[0]) - tokens.size[token], (token, new)))
+        for token, count in tally(np.bincount(after, minlength=new)[:new + 1]):
             if token != new:
                 most[pair[1], token] -= count
-            heappush(heap, (-count, first, (new, token)))
+            most[new, token] = count
+            heappush(heap, (-count, int(places[0]), (new, token)))
 
 
 def pop_best(heap, most, tokens):
-    """Takes the best pair off the heap of `learn`, with the places where it occurs; (None, None) if there is none."""
+    """Takes the best pair off the heap of `learn`, and finds where it occurs; (None, None) when there is none left."""
     while heap:
         count, first, pair = heap[0]
-        is_counted = most[pair] == -count
-        if is_counted:
+        looked_up = most[pair] == -count
+        if looked_up:
             places = tokens.find(pair)
             most[pair], first = len(places), int(places[0]) if len(places) else 0
+        entry = (-most[pair], first, pair)
         if not most[pair]:
             heappop(heap)
-            continue
-        entry = (-most[pair], first, pair)
-        heapreplace(heap, entry)
-        if is_counted and heap[0] is entry:
+        elif heapreplace(heap, entry) and looked_up and heap[0] is entry:
             heappop(heap)
             return pair, places
     return None, None
-
-
-# ------------------------------------------------------------------------------------------------- the tokenizer
 
 
 class BasicTokenizer:
@@ -200,7 +202,7 @@ class BasicTokenizer:
     def __init__(self, data_path=None, vocab_size=500, verbose=False, out_dir=CHECKPOINTS):
         self.data_path, self.verbose, self.out_dir = data_path, verbose, Path(out_dir)
         if data_path is None:
-            self._use(*load_pair(self.out_dir))
+            self._use(*load_pair(self.out_dir)[:2])
         else:
             self.vocab_size = vocab_size
             self.train()
@@ -230,7 +232,6 @@ class BasicTokenizer:
     def _use(self, merges, vocab):
         self.merges, self.vocab, self.vocab_size = merges, vocab, len(vocab)
         self.fingerprint = hashlib.sha256("".join(f"{a} {b}\n" for a, b in merges).encode()).hexdigest()
-        self._dtype = np.uint16 if self.vocab_size < 1 << 16 else np.uint32
         self._as_strings = [(chr(a) + chr(b), chr(new)) for (a, b), new in merges.items()]
         self._joints = {vocab[a][-1:] + vocab[b][:1] for a, b in merges}  # neighbouring bytes that a token may join
 
@@ -254,7 +255,7 @@ class BasicTokenizer:
         for pair, new in self._as_strings:
             if pair in string:
                 string = string.replace(pair, new)
-        return np.fromiter(map(ord, string), self._dtype, len(string))
+        return np.fromiter(map(ord, string), np.min_scalar_type(self.vocab_size), len(string))
 
     def _encode_long(self, data):
         """Every merge in order, at the places an index of the text finds."""
@@ -293,9 +294,6 @@ def to_bytes(text):
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:  # a surrogate that stands for no byte
         return text.encode("utf-8", errors="surrogatepass")
-
-
-# ------------------------------------------------------------------------------------------------------- files
 
 
 @contextmanager
@@ -367,43 +365,37 @@ def read_text(path):
 
 
 def save_pair(folder, merges, vocab):
-    """Writes merges.pkl and vocab.pkl so that a kill at any instant leaves the old pair or the new one to `load_pair`.
+    """Writes merges.pkl and vocab.pkl so that, after a kill at any instant, `load_pair` finds the old pair or the new.
 
-    Between the two renames the new vocabulary lies beside the old merges, and the new merges wait in the temporary,
-    whole and on disk, where `load_pair` finds them.
+    Two renames cannot be one. Between them the new vocabulary lies beside the old merges, and the new merges wait,
+    whole and on disk, in the temporary, where `load_pair` looks for them.
     """
-    finish_save(folder)
+    with suppress(ValueError):  # a save killed there is finished first, as this one takes the temporary; else no matter
+        os.replace(load_pair(folder)[2], folder / MERGES_FILE)
     with atomic_write(folder / MERGES_FILE) as merges_file, atomic_write(folder / VOCAB_FILE) as vocab_file:
-        pickle.dump(vocab, vocab_file)
         pickle.dump(merges, merges_file)
+        pickle.dump(vocab, vocab_file)
         merges_file.flush()
         os.fsync(merges_file.fileno())
 
 
-def finish_save(folder):
-    """Makes the second rename of a save that was killed before it."""
-    waiting = temporary_of(folder / MERGES_FILE)
-    if waiting.exists():
-        with suppress(ValueError):  # killed earlier, half-written or with the old vocabulary: the old pair is whole
-            if spell(read_merges(waiting)) == read_vocab(folder / VOCAB_FILE):
-                os.replace(waiting, folder / MERGES_FILE)
-
-
 def load_pair(folder):
-    """merges {(int, int): int} and vocab {int: bytes} as `save_pair` wrote them. No code in the files can run.
+    """merges {(int, int): int}, vocab {int: bytes}, and the path of the merges, as `save_pair` left them.
 
     Raises:
-        ValueError: a file is missing or damaged, or they do not belong together.
+        ValueError: a file is missing or damaged, or the two do not belong together.
     """
-    waiting = temporary_of(folder / MERGES_FILE)
-    for path in (folder / MERGES_FILE, waiting, folder / MERGES_FILE):  # again, if a save has ended meanwhile
-        if path.exists():
-            merges, vocab = read_merges(path), read_vocab(folder / VOCAB_FILE)
-            if spell(merges) == vocab:
-                return merges, vocab
-    if not (folder / MERGES_FILE).exists():
+    merges_path, vocab_path = folder / MERGES_FILE, folder / VOCAB_FILE
+    paths = [merges_path, temporary_of(merges_path), merges_path]  # again, in case a save has ended meanwhile
+    if not vocab_path.exists() or not any(path.exists() for path in paths):
         raise ValueError(f"there is no tokenizer in {folder}: run python tokenizer.py train")
-    raise ValueError(f"{folder / VOCAB_FILE} is not what {folder / MERGES_FILE} spells: run python tokenizer.py train")
+    for path in paths:
+        if path.exists():
+            merges = read_merges(path)
+            vocab = spell(merges)
+            if vocab == read_pickle(vocab_path):
+                return merges, vocab, path
+    raise ValueError(f"{vocab_path} is not what {merges_path} spells: run python tokenizer.py train")
 
 
 def spell(merges):
@@ -415,94 +407,52 @@ def spell(merges):
 
 
 def read_merges(path):
-    """Checked merges of a pickle. Raises ValueError unless each makes the next id, from 256 on, of two earlier ones."""
+    """Merges of a pickle, each checked to make the next id, from 256 on, of two earlier ones."""
     merges, sizes, total = read_pickle(path), [1] * 256, 256
     for new, (pair, made) in enumerate(merges.items(), 256):
-        if not (type(pair) is tuple and type(made) is int and made == new and all(token < new for token in pair)):
-            raise invalid(path, f"the merge {pair} -> {made} is not one that makes {new} of two earlier tokens")
+        if type(pair) is not tuple or made != new or not 0 <= min(pair) <= max(pair) < new:
+            raise invalid(path, f"{pair} -> {made} does not make token {new} of two earlier ones")
         sizes.append(sizes[pair[0]] + sizes[pair[1]])
         total += sizes[-1]
         if total > MAX_BYTES or new >= MAX_VOCAB:
-            raise invalid(path, f"more than {MAX_VOCAB} tokens, or {MAX_BYTES} bytes in them")
+            raise invalid(path, f"more than {MAX_VOCAB} tokens, or than {MAX_BYTES} bytes in them")
     return merges
 
 
-def read_vocab(path):
-    """Checked vocabulary of a pickle. Raises ValueError unless it is a dict of int to bytes."""
-    vocab = read_pickle(path)
-    for token, spelling in vocab.items():
-        if type(token) is not int or type(spelling) is not bytes:
-            raise invalid(path, f"{token!r:.40}: {spelling!r:.40} is not an id and its bytes")
-    return vocab
-
-
 def read_pickle(path):
-    """A pickled dict of int, bytes and pairs of int, as `pickle.dump` writes it, protocols 0 to 5.
+    """A pickled dict of int, bytes and pairs of int. Whatever else a file holds, no code of it is run.
 
-    `pickle.load` would run whatever code a file asks for. This knows the few instructions such a dict needs, and
-    none that could import, call, or make anything that is not in the file.
+    `pickle.load` would import and call what a file asks for. This takes such a dict for the flat list it is in the
+    file, key, value, key, value ..., and knows no instruction that makes anything which is not in the file.
+
+    Raises:
+        ValueError: the file cannot be read, is too large, or holds anything else.
     """
-    if not path.exists():
-        raise ValueError(f"there is no {path}: run python tokenizer.py train")
-    if path.stat().st_size > MAX_BYTES:
-        raise invalid(path, f"it is larger than {MAX_BYTES} bytes")
     try:
-        return run_pickle(path.read_bytes())
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+        items = []
+        for instruction, value, _ in pickletools.genops(path.read_bytes()):
+            if instruction.name in PICKLED_VALUES:
+                items.append(value)
+            elif instruction.name in ("TUPLE", "TUPLE2") and [type(item) for item in items[-2:]] == [int, int]:
+                items[-2:] = [tuple(items[-2:])]
+            elif instruction.name not in PICKLE_STRUCTURE:
+                raise ValueError(f"its {instruction.name} has no place in a dict of numbers and bytes")
+        return dict(zip(items[::2], items[1::2], strict=True))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, LookupError) as error:
+    except ValueError as error:
         raise invalid(path, error) from error
 
 
-def run_pickle(data):
-    """Value of a pickle, see `read_pickle`. Raises ValueError or LookupError if it holds anything else."""
-    stack, memo = [], {}
-    mark = object()
-
-    def pop_to_mark():
-        start = len(stack) - 1 - stack[::-1].index(mark)
-        items = stack[start + 1:]
-        del stack[start:]
-        return items
-
-    for instruction, argument, _ in pickletools.genops(data):
-        match instruction.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "BININT" | "BININT1" | "BININT2" | "INT" | "SHORT_BINBYTES" | "BINBYTES":
-                stack.append(argument)
-            case "MARK":
-                stack.append(mark)
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "TUPLE" | "TUPLE2":
-                pair = pop_to_mark() if instruction.name == "TUPLE" else [stack.pop(-2), stack.pop()]
-                if [type(item) for item in pair] != [int, int]:
-                    raise ValueError("a tuple that is not a pair of int")
-                stack.append(tuple(pair))
-            case "EMPTY_DICT":
-                stack.append({})
-            case "DICT":
-                items = pop_to_mark()
-                stack.append(dict(zip(items[::2], items[1::2], strict=True)))
-            case "SETITEM" | "SETITEMS":
-                items = pop_to_mark() if instruction.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "STOP" if len(stack) == 1 and type(stack[0]) is dict:
-                return stack[0]
-            case name:
-                raise ValueError(f"a dict of numbers and bytes needs no {name}")
+PICKLED_VALUES = {"INT", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES"}
+PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "STOP",
+                    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
 
 def invalid(path, reason):
     return ValueError(f"{path} is no tokenizer file ({reason}): run python tokenizer.py train")
-
-
-# ------------------------------------------------------------------------------------------------ command line
 
 
 def visible(token):
