@@ -13,15 +13,15 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from tokenizer import atomic_write
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 MAX_BYTES = 2**26  # both files are some kilobytes; anything near this is not one of ours
 
-PROGRESS_COLUMNS = ("iteration", "tokens_seen", "epochs")  # the x axes: known in every row
-RUN_COLUMNS = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char", "learning_rate")
+KNOWN_COLUMNS = ("iteration", "tokens_seen", "epochs", "learning_rate")  # a number in every row, however it goes
+LOSS_COLUMNS = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char")
 RELU_COLUMNS = ("mean", "std", "zeros", "dead", "grad_mean", "grad_std")
 HISTOGRAMS = ("relu", "relu_grad")
 
@@ -47,20 +47,18 @@ STYLE = {
 
 
 def parse_number(field, where):
-    """A field of metrics.csv as a float. Empty or infinite counts as NaN, a gap in the curve."""
+    """A field of metrics.csv as a float. Empty, or too large to be drawn, counts as NaN: a gap in the curve."""
     try:
         value = float(field or "nan")
     except ValueError:
         raise ValueError(f"{where}: {field[:20]!r} is not a number; delete the line or train again") from None
-    if np.isfinite(value) and abs(value) > 1e15:
-        raise ValueError(f"{where}: {value:g} is too large to be true; delete the line or train again")
-    return value if np.isfinite(value) else np.nan
+    return value if abs(value) < 1e15 else np.nan
 
 
 def read_metrics(path):
     """Read metrics.csv, a header and a row per evaluation.
 
-    Returns a dict of float64 arrays: RUN_COLUMNS and PROGRESS_COLUMNS of shape (evaluations,), and for each of
+    Returns a dict of float64 arrays: KNOWN_COLUMNS and LOSS_COLUMNS of shape (evaluations,), and for each of
     RELU_COLUMNS "relu_..." of shape (n_layer, evaluations). Raises ValueError, naming line and column.
     """
     if not path.is_file():
@@ -77,7 +75,7 @@ def read_metrics(path):
     header, *rows = lines
     n_layer = max(1, sum(name.startswith("relu") and name.endswith("_zeros") for name in header))
     relu_names = {f"relu_{name}": [f"relu{i}_{name}" for i in range(1, n_layer + 1)] for name in RELU_COLUMNS}
-    for name in [*PROGRESS_COLUMNS, *RUN_COLUMNS, *sum(relu_names.values(), [])]:
+    for name in [*KNOWN_COLUMNS, *LOSS_COLUMNS, *sum(relu_names.values(), [])]:
         if name not in header:
             raise ValueError(f"{path}, line 1: column {name} is missing; train again")
 
@@ -88,8 +86,8 @@ def read_metrics(path):
             raise ValueError(f"{where}: {len(row)} fields instead of {len(header)}; delete the line or train again")
         for name, field in zip(header, row):
             value = columns[name][index] = parse_number(field, f"{where}, column {name}")
-            if name in PROGRESS_COLUMNS and not value >= 0:
-                raise ValueError(f"{where}, column {name}: {field!r} is no count; delete the line or train again")
+            if value < 0 and name in LOSS_COLUMNS or not value >= 0 and name in KNOWN_COLUMNS:
+                raise ValueError(f"{where}, column {name}: {field[:20]!r} is not a number from 0 up; delete the line")
     return columns | {name: np.stack([columns[c] for c in layers]) for name, layers in relu_names.items()}
 
 
@@ -121,10 +119,15 @@ def read_histograms(path, n_layer):
 # ---- what compares with the published run ---------------------------------------------------------------------------
 
 
+def chars_per_token(metrics):
+    """Of the validation text: turns nats per character into nats per token. NaN if no loss is known."""
+    known = (metrics["val_loss"] > 0) & (metrics["val_nats_per_char"] > 0)
+    return np.median(metrics["val_loss"][known] / metrics["val_nats_per_char"][known]) if known.any() else np.nan
+
+
 def same_text_and_tokenizer(metrics):
     """Whether nats per token compare with the published ones: as many characters a token, within 1 %."""
-    chars_per_token = np.nanmedian(metrics["val_loss"] / metrics["val_nats_per_char"])
-    return abs(chars_per_token / REFERENCE_CHARS_PER_TOKEN - 1) < 0.01
+    return abs(chars_per_token(metrics) / REFERENCE_CHARS_PER_TOKEN - 1) < 0.01
 
 
 def reference_zeros(metrics):
@@ -152,66 +155,73 @@ def headline(figure, axes, title, explanation):
     axes.set_title(explanation)
 
 
-def table_legend(axes, handles, header, rows, **place):
-    """A legend that is a table: `header` and each of `rows`, one for each handle, are as many cells of text."""
+def table_legend(axes, handles, header, rows):
+    """A legend that is a table: a line of `header`, then a line of `rows` beside each of the handles."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
     lines = [line.replace(" ", "\N{NO-BREAK SPACE}") for line in lines]  # SVG shrinks a run of plain spaces to one
-    font = {"family": "monospace", "size": 8.5}
-    axes.legend(handles, lines[1:], title=lines[0], prop=font, title_fontproperties=font, alignment="right", **place)
+    no_handle = axes.plot([], [], " ")[0]
+    axes.legend([no_handle, *handles], lines, prop={"family": "monospace", "size": 8.5}, loc="upper right")
+
+
+def iteration_ticks(axis):
+    """Whole numbers, with a comma for the thousands."""
+    axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    axis.set_major_formatter("{x:,.0f}")
+
+
+def loss_ticks(axis):
+    """Plain numbers on a logarithmic axis: 2, 2.5, 3, 4, 5, 6 instead of powers of ten."""
+    axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def draw_loss(metrics):
     """Losses against iterations, tokens and passes over the text, and the learning rate in a strip below."""
-    iteration, train, val = metrics["iteration"], metrics["train_loss"], metrics["val_loss"]
+    iteration, val = metrics["iteration"], metrics["val_loss"]
     figure = Figure(figsize=(WIDTH, 5.6))
     axes, strip = figure.subplots(2, height_ratios=[6, 1], sharex=True)
-    style = line_style(metrics)
-    axes.plot(iteration, train, color=TRAIN_COLOR, label="train", **style)
-    axes.plot(iteration, val, color=VAL_COLOR, label="validation", **style)
+    axes.plot(iteration, metrics["train_loss"], color=TRAIN_COLOR, label="train", **line_style(metrics))
+    axes.plot(iteration, val, color=VAL_COLOR, label="validation", **line_style(metrics))
     if same_text_and_tokenizer(metrics):
         reached = np.searchsorted(REFERENCE_ITERATION, iteration[-1]) + 1  # up to the first point past our end
         thin = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 4, "alpha": 0.75}
-        for loss, color, name in [(REFERENCE_TRAIN, TRAIN_COLOR, "train"), (REFERENCE_VAL, VAL_COLOR, "validation")]:
-            axes.plot(REFERENCE_ITERATION[:reached], loss[:reached], color=color, label=f"{name}, published run", **thin)
-    axes.legend(loc="upper right")
+        x = REFERENCE_ITERATION[:reached]
+        axes.plot(x, REFERENCE_TRAIN[:reached], color=TRAIN_COLOR, label="train, published run", **thin)
+        axes.plot(x, REFERENCE_VAL[:reached], color=VAL_COLOR, label="validation, published run", **thin)
     axes.set(yscale="log", ylabel="loss, nats per token")  # logarithmic, or the first drop would flatten all the rest
-    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    loss_ticks(axes.yaxis)
 
-    title = "Loss: not a number in any evaluation"
-    if np.isfinite(val).any():
+    title, per_token = "No validation loss is a number: training diverged", chars_per_token(metrics)
+    if np.isfinite(per_token):
         best = np.nanargmin(val)
-        chars = metrics["val_nats_per_char"]
-        per_token = val[best] / chars[best]
-        title = (f"Validation loss: at best {val[best]:.4f} nats per token, {chars[best]:.4f} nats per character, "
-                 f"at iteration {iteration[best]:,.0f}")
-        axes.plot(iteration[best], val[best], "*", markersize=15, color=VAL_COLOR, markeredgecolor="white", zorder=5)
+        title = f"Best validation loss: {val[best] / per_token:.4f} nats per character, at iteration {iteration[best]:,.0f}"
+        axes.plot(iteration[best], val[best], "*", color=VAL_COLOR, markersize=15, markeredgecolor="white", zorder=5,
+                  label=f"best: {val[best]:.4f} nats per token")
         right = axes.secondary_yaxis("right", functions=(lambda y: y / per_token, lambda y: y * per_token))
         right.set_ylabel("nats per character")
-        right.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-        right.yaxis.set_major_formatter("{x:g}")
-        right.yaxis.set_minor_formatter(NullFormatter())
-    headline(figure, axes, title, "Lower is better. Where validation parts from training, the network learns its text by heart.")
+        loss_ticks(right.yaxis)
+    axes.legend(loc="upper right")
+    headline(figure, axes, title, "Where validation parts from training, the network learns its text by heart.")
 
     if iteration[-1] > 0:
         tokens, epochs = metrics["tokens_seen"][-1] / iteration[-1], metrics["epochs"][-1] / iteration[-1]
         top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens / 1e6, lambda x: x / tokens * 1e6))
         top.set_xlabel("million tokens seen (passes over the training text)")
-        top.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} ({x * 1e6 * epochs / tokens:.1f})"))
+        top.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} ({x * 1e6 * epochs / tokens:.3g})"))
 
-    strip.plot(iteration, metrics["learning_rate"], color=GREY)
-    strip.set(xlabel="iteration", ylabel="learning\nrate", ylim=(0, None))
-    strip.yaxis.set_major_locator(MaxNLocator(2))
-    strip.yaxis.set_major_formatter("{x:.0e}")
-    strip.xaxis.set_major_formatter("{x:,.0f}")
+    rate = metrics["learning_rate"]
+    strip.plot(iteration, rate, color=GREY, **line_style(metrics))
+    strip.set(xlabel="iteration", ylabel="learning\nrate", ylim=(0, 1.2 * rate.max() or 1), yticks=[0, rate.max()])
+    strip.yaxis.set_major_formatter("{x:.3g}")
+    iteration_ticks(strip.xaxis)
     return figure
 
 
 def draw_training(metrics):
     """Share of zeros and of dead units of each layer's ReLU against iterations."""
-    iteration, zeros, dead = metrics["iteration"], metrics["relu_zeros"], metrics["relu_dead"]
+    iteration, zeros, dead = metrics["iteration"], metrics["relu_zeros"], np.nan_to_num(metrics["relu_dead"])
     figure = Figure(figsize=(WIDTH, 5.2))
     upper, lower = figure.subplots(2, sharex=True)
     published = reference_zeros(metrics)
@@ -221,54 +231,67 @@ def draw_training(metrics):
         if published is not None:
             upper.plot(REFERENCE_ITERATION[-1], published[layer], "D", color=color, markeredgecolor="black")
     if published is not None:
-        upper.plot([], [], "D", color="white", markeredgecolor="black", label="published run, at its end")
-    upper.legend(loc="lower right", ncols=2)
-    most = f"at most {np.nanmax(dead):.1%} of a layer's" if np.nan_to_num(dead).any() else "none of the"
-    headline(figure, upper, f"Do ReLUs die? Here {most} units did in any evaluation",
-             "Outputs that are exactly zero: a unit is silent for some tokens and fires for others.")
-    lower.set_title("Dead units: those that fire for no token of the whole batch, and so learn nothing from it.")
-    lower.set(xlabel="iteration", ylim=(0, max(0.01, np.nanmax(dead, initial=0) * 1.1)))
+        upper.plot([], [], "D", color="white", markeredgecolor="black", label="published\nrun's end")
+    upper.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+    layer, row = np.unravel_index(dead.argmax(), dead.shape)
+    title = "Do ReLUs die? Not here: every unit fired in every evaluation"
+    if dead.any():
+        title = (f"Do ReLUs die? At worst, {dead.max():.1%} of a layer's units were dead "
+                 f"(layer {layer + 1}, iteration {iteration[row]:,.0f})")
+    headline(figure, upper, title, "Share of outputs that are exactly zero: units fire for some tokens, not for others.")
+    lower.set_title("Share of dead units: those that fire for no token of the batch, and so learn nothing from it.")
+    top = max(0.01, 1.1 * dead.max())
+    lower.set(xlabel="iteration", ylim=(-0.04 * top, top))  # so that a line at zero is seen
     for axes in (upper, lower):
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    lower.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    iteration_ticks(lower.xaxis)
     return figure
+
+
+def draw_histograms(histograms, kind):
+    """A figure with the `kind` of HISTOGRAMS overlaid, layer by layer. Returns figure, axes and the lines' handles."""
+    figure = Figure(figsize=(WIDTH, 4.6))
+    axes = figure.subplots()
+    density, edges = histograms[f"{kind}_density"], histograms[f"{kind}_edges"]
+    density = np.where(density > 0, density, np.nan)  # an empty bin is a gap, not a line down to the logarithm of 0
+    handles = [axes.stairs(*layer, color=color, linewidth=1.5, baseline=None)
+               for *layer, color in zip(density, edges, layer_colors(len(density)))]
+    axes.set(yscale="log", ylabel="probability density")  # logarithmic, or nothing shows beside the spike at zero
+    return figure, axes, handles
 
 
 def draw_outputs(metrics, histograms, row):
     """The distribution of each ReLU's outputs; `row` is the evaluation in `metrics` that the histograms are of."""
-    figure = Figure(figsize=(WIDTH, 4.6))
-    axes = figure.subplots()
+    figure, axes, handles = draw_histograms(histograms, "relu")
     mean, std, zeros, dead = (metrics[f"relu_{name}"][:, row] for name in ("mean", "std", "zeros", "dead"))
-    published = reference_zeros(metrics)
-    handles, rows = [], []
-    for layer, color in enumerate(layer_colors(len(mean))):
-        handles.append(axes.stairs(histograms["relu_density"][layer], histograms["relu_edges"][layer], color=color,
-                                   linewidth=1.5, baseline=None))
-        rows.append([f"layer {layer + 1}", f"{mean[layer]:.3f}", f"{std[layer]:.3f}", f"{zeros[layer]:.1%}",
-                     f"{dead[layer]:.1%}"] + ([] if published is None else [f"{published[layer]:.1%}"]))
-    header = ["", "mean", "std", "zeros", "dead units"] + ([] if published is None else ["zeros, published"])
-    table_legend(axes, handles, header, rows, loc="upper right")
-    headline(figure, axes, f"ReLU outputs: {zeros.min():.0%} to {zeros.max():.0%} are exactly zero",
-             f"Iteration {histograms['iteration']:,}. The spike on the left is the zeros; what fires falls off to the right.")
-    axes.set(yscale="log", xlabel="output of the ReLU", ylabel="density (logarithmic)", xlim=(0, None))
+    header = ["", "mean", "std", "dead units", "zeros"]
+    rows = [[f"layer {i + 1}", f"{mean[i]:.3f}", f"{std[i]:.3f}", f"{dead[i]:.1%}", f"{zeros[i]:.1%}"]
+            for i in range(len(mean))]
+    if (published := reference_zeros(metrics)) is not None:
+        header.append("(published)")
+        rows = [[*cells, f"({share:.1%})"] for cells, share in zip(rows, published)]
+    table_legend(axes, handles, header, rows)
+    headline(figure, axes, f"ReLU outputs: by layer, {zeros.min():.0%} to {zeros.max():.0%} are exactly zero",
+             f"Iteration {histograms['iteration']:,}. The spike is the zeros; beside it, how strongly units fire.")
+    axes.set(xlabel="output of the ReLU", xlim=(0, None))
     return figure
 
 
 def draw_gradients(metrics, histograms, row):
     """The distribution of the loss's gradient at each ReLU; `row` as in draw_outputs."""
-    figure = Figure(figsize=(WIDTH, 4.6))
-    axes = figure.subplots()
+    figure, axes, handles = draw_histograms(histograms, "relu_grad")
     mean, std = metrics["relu_grad_mean"][:, row], metrics["relu_grad_std"][:, row]
-    handles, rows = [], []
-    for layer, color in enumerate(layer_colors(len(mean))):
-        handles.append(axes.stairs(histograms["relu_grad_density"][layer], histograms["relu_grad_edges"][layer],
-                                   color=color, linewidth=1.5, baseline=None))
-        rows.append([f"layer {layer + 1}", f"{mean[layer]:.1e}", f"{std[layer]:.1e}"])
-    table_legend(axes, handles, ["", "mean", "std"], rows, loc="upper right")
-    headline(figure, axes, f"Gradients at the ReLUs: widest in layer {std.argmax() + 1}, "
-             f"{std.max() / std.min():.1f} times as wide as in layer {std.argmin() + 1}",
-             f"Iteration {histograms['iteration']:,}. Curves alike: every layer learns. A spike in one of them: that layer starves.")
-    axes.set(yscale="log", xlabel="gradient of the loss at the ReLU", ylabel="density (logarithmic)")
+    rows = [[f"layer {i + 1}", f"{mean[i]:.1e}", f"{std[i]:.1e}"] for i in range(len(mean))]
+    table_legend(axes, handles, ["", "mean", "std"], rows)
+    title = "Gradients at the ReLUs"
+    if std.max() > std.min() > 0:
+        title += (f": layer {std.argmax() + 1}'s spread {std.max() / std.min():.1f} times as wide "
+                  f"as layer {std.argmin() + 1}'s")
+    headline(figure, axes, title, f"Iteration {histograms['iteration']:,}. Of like width: every layer gets its share "
+             "of the signal. A mere spike at zero: that layer starves.")
+    axes.set(xlabel="gradient of the loss with respect to the ReLU's output")
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
     return figure
 
 
