@@ -1,0 +1,558 @@
+"""
+Trains the network on a text, and its tokenizer first if there is none.
+
+    python train.py                                             # Tiny Shakespeare with the published hyperparameters
+    python train.py --max_iters 300 --eval_interval 100         # a first look, minutes on a laptop
+    python train.py --data_path my.txt --out_dir checkpoints/mine
+    python train.py --resume                                    # go on where a run was stopped
+    torchrun --nproc_per_node 2 train.py                        # the same run on two GPUs, or two processes
+
+Everything lands in --out_dir: merges.pkl and vocab.pkl (tokenizer), model.pt (weights with the lowest validation loss),
+last.pt (all it takes to resume), metrics.csv (a row for each evaluation), histograms.npz (ReLUs at the last evaluation).
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
+from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, atomic_write, read_text
+
+SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
+EVAL_BATCH = 64  # windows evaluated at once
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+def load_tokenizer(out_dir: Path, data_path: Path, vocab_size: int) -> BasicTokenizer:
+    """The tokenizer in out_dir, or a new one trained on the text. Raises ValueError if the one there has another size."""
+    if not (out_dir / "merges.pkl").exists():
+        print(f"training a tokenizer of {vocab_size} tokens on {data_path}")
+        return BasicTokenizer(data_path, vocab_size, out_dir=out_dir)
+    tokenizer = BasicTokenizer(out_dir=out_dir)
+    if len(tokenizer.vocab) != vocab_size:
+        raise ValueError(f"the tokenizer in {out_dir} has {len(tokenizer.vocab)} tokens, not {vocab_size}: "
+                         f"use --vocab_size {len(tokenizer.vocab)}, or another --out_dir")
+    return tokenizer
+
+
+def split(tokens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first nine tenths of the tokens, and the rest. Raises ValueError if the rest is shorter than a window."""
+    n = int(0.9 * len(tokens))
+    if len(tokens) - n <= block_size:
+        raise ValueError(f"the text is too short: its last tenth, for validation, has {len(tokens) - n} tokens and must have more "
+                         f"than block_size ({block_size}): use a longer text or a smaller --block_size")
+    return tokens[:n], tokens[n:]
+
+
+def windows(data: torch.Tensor, starts: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of `data` (N,) that begin at `starts` (B,), and the token after each of theirs: two (B, T) int64."""
+    tokens = data[starts[:, None] + torch.arange(block_size + 1, device=data.device)].long()
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def characters(tokenizer: BasicTokenizer, tokens: np.ndarray) -> int:
+    """How many characters the tokens spell; bytes that continue a UTF-8 character do not count."""
+    return sum(byte & 0xC0 != 0x80 for byte in tokenizer.decode_bytes(tokens))
+
+
+def evaluation_starts(n: int, count: int, block_size: int) -> torch.Tensor:
+    """Where `count` windows, spread evenly and not overlapping, begin in n tokens. (count,) int64."""
+    return torch.linspace(0, (n - 1) // block_size - 1, count).long() * block_size
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for, or the fastest there is for `auto`. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k, ok in there.items() if ok) if name == "auto" else name.split(":")[0]
+    if not there.get(kind):
+        raise ValueError(f"--device {name}: there is no such device here; there is {', '.join(k for k, ok in there.items() if ok)}")
+    return torch.device(kind if name == "auto" else name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format asked for; `auto` is bfloat16 on GPUs that have it in hardware, else float16 there, float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    # torch.cuda.is_bf16_supported() says yes on a T4, too, which emulates it slowly
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def build_optimizer(model: GPT, args: argparse.Namespace, device: torch.device) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) that decays the matrices only, not biases and norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=device.type in ("cpu", "cuda"))
+
+
+def learning_rate(iteration: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then constant, or a cosine (Loshchilov & Hutter 2017) down to min_lr at lr_decay_iters."""
+    if iteration < args.warmup_iters:
+        return args.learning_rate * (iteration + 1) / args.warmup_iters
+    if not args.lr_decay_iters:
+        return args.learning_rate
+    progress = min(1.0, (iteration - args.warmup_iters) / max(1, args.lr_decay_iters - args.warmup_iters))
+    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Stop:
+    """Notes SIGINT (Ctrl-C) and SIGTERM, so that the loop can end between two iterations. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.requested, self.number = False, 0
+        signal.signal(signal.SIGINT, self.note)
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number, frame):
+        self.requested, self.number = True, number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ------------------------------------------------------------------------------------------------- the folder of a run
+
+def lock(out_dir: Path):
+    """Holds out_dir for this process, until it ends in whatever way. Raises ValueError if another training holds it."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = open(out_dir / ".lock", "w")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no such lock
+        pass
+    except BlockingIOError:
+        raise ValueError(f"another training is running in {out_dir}: wait for it, or choose another --out_dir") from None
+    return file
+
+
+def set_aside(out_dir: Path) -> None:
+    """Moves an earlier run in out_dir into a folder of its own, with a copy of its tokenizer, so that nothing is lost."""
+    if not any((out_dir / name).exists() for name in ("model.pt", "last.pt", "last.pt.old")):
+        return
+    number = next(n for n in range(1, 10**6) if not (out_dir / f"earlier-{n}").exists())
+    earlier = out_dir / f"earlier-{number}"
+    earlier.mkdir()
+    for path in sorted(out_dir.iterdir()):
+        if path.name in ("merges.pkl", "vocab.pkl"):
+            shutil.copy2(path, earlier)
+        elif path.is_file() and not path.name.startswith("."):
+            path.replace(earlier / path.name)
+    print(f"moved the earlier run to {earlier} (--resume would have continued it)")
+
+
+def load_last(out_dir: Path) -> dict:
+    """What --resume goes on from: last.pt or, where it is missing or damaged, its predecessor. Raises ValueError."""
+    errors = []
+    for name in "last.pt", "last.pt.new", "last.pt.old":
+        try:
+            last = load_checkpoint(out_dir / name)
+            if "optimizer" not in last:
+                raise ValueError(f"{out_dir / name} holds no training to resume")
+        except ValueError as error:
+            errors.append(error)
+            continue
+        if errors and (out_dir / "last.pt").exists():
+            print(f"{errors[0]}\ngoing on from {out_dir / name}, iteration {last['iteration']}, instead", file=sys.stderr)
+        return last
+    if (out_dir / "last.pt").exists():
+        raise errors[0]
+    raise ValueError(f"nothing to resume in {out_dir}: start with `python train.py`, or name the run's folder with --out_dir")
+
+
+def save_last(out_dir: Path, last: dict) -> None:
+    """Replaces last.pt and keeps its predecessor as last.pt.old, should the new file turn out to be damaged."""
+    save_checkpoint(out_dir / "last.pt.new", last)
+    if (out_dir / "last.pt").exists():
+        (out_dir / "last.pt").replace(out_dir / "last.pt.old")
+    (out_dir / "last.pt.new").replace(out_dir / "last.pt")
+
+
+def save_metrics(out_dir: Path, rows: list[dict], histograms: dict[str, np.ndarray]) -> None:
+    """Writes metrics.csv, a row for each evaluation so far, and histograms.npz of the last one."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(out_dir / "metrics.csv") as file:
+        file.write(table.getvalue().encode())
+    with atomic_write(out_dir / "histograms.npz") as file:
+        np.savez_compressed(file, iteration=rows[-1]["iteration"], **histograms)
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+class Trainer:
+    """One training run: the data on its device, the network, the optimizer, and the loop in `run`.
+
+    Under torchrun each process has one; they share every batch, and only the master (rank 0) prints and writes.
+    """
+
+    def __init__(self, args: argparse.Namespace, last: dict | None):
+        """Starts afresh, or from `last`, the contents of a last.pt. Raises ValueError for what does not fit together."""
+        self.args = args
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.master = self.rank == 0
+        self.device = choose_device(args.device)
+        if self.world_size > 1:
+            self.join_others()
+        self.dtype = choose_dtype(args.dtype, self.device)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        parts = self.world_size * args.gradient_accumulation_steps
+        if args.batch_size % parts:
+            raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it a multiple of {parts} "
+                             "(processes times --gradient_accumulation_steps)")
+        self.load_text()
+
+        torch.manual_seed(args.seed)
+        self.config = GPTConfig(**{field.name: getattr(args, field.name) for field in fields(GPTConfig)})
+        self.model = GPT(self.config).to(self.device)
+        self.optimizer = build_optimizer(self.model, args, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.batches = torch.Generator(self.device).manual_seed(args.seed)  # one for all ranks: each takes its part of a batch
+        self.random = torch if self.device.type == "cpu" else torch.get_device_module(self.device)  # whence dropout draws
+        self.random.manual_seed(args.seed + self.rank)
+        self.iteration, self.best, self.seconds, self.metrics = 0, math.inf, 0.0, []
+        self.grad_norm = torch.tensor(math.nan)
+        if last:
+            self.restore(last)
+        if args.compile is None:
+            args.compile = self.device.type == "cuda"
+        self.step_model = torch.compile(self.model) if args.compile else self.model
+        if self.world_size > 1:
+            self.step_model = torch.nn.parallel.DistributedDataParallel(self.step_model)
+        self.stop = Stop()
+
+    def summary(self) -> str:
+        """What is about to run, in one line."""
+        return (f"{sum(p.numel() for p in self.model.parameters()):,} parameters in {str(self.dtype)[6:]} on "
+                f"{f'{self.world_size} x ' if self.world_size > 1 else ''}{self.device.type}{', compiled' if self.args.compile else ''}; "
+                f"{len(self.data['train']):,} tokens to train on, {len(self.data['val']):,} to validate on; iterations "
+                f"{self.iteration} to {self.args.max_iters} of {self.args.batch_size} x {self.args.block_size} tokens")
+
+    def join_others(self) -> None:
+        """Meets the other processes that torchrun started, each on a GPU of its own or on the CPU."""
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.flags_group = dist.new_group(backend="gloo")  # for flags that live on the CPU
+
+    def load_text(self) -> None:
+        """Puts the text on the device, as tokens, training a tokenizer first if there is none."""
+        args = self.args
+        text = read_text(args.data_path)
+        if self.world_size > 1 and not self.master:
+            dist.barrier()  # the master may have to train the tokenizer
+        tokenizer = load_tokenizer(args.out_dir, args.data_path, args.vocab_size)
+        if self.world_size > 1 and self.master:
+            dist.barrier()
+        tokens = tokenizer.encode_array(text)
+        train, val = split(tokens, args.block_size)
+        self.tokenizer, self.text_hash = tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest()
+        self.tokens_per_char = {"train": len(train) / characters(tokenizer, train), "val": len(val) / characters(tokenizer, val)}
+        self.data = {name: torch.from_numpy(part.astype(np.int32)).to(self.device) for name, part in (("train", train), ("val", val))}
+        n_windows = (len(val) - 1) // args.block_size
+        self.starts = {"train": evaluation_starts(len(train), n_windows, args.block_size),
+                       "val": evaluation_starts(len(val), n_windows, args.block_size)}
+
+    def restore(self, last: dict) -> None:
+        """Goes on exactly where `last` was saved. Raises ValueError if it was another network or another text."""
+        if last["text"] != self.text_hash or last["tokenizer"] != self.tokenizer.fingerprint:
+            raise ValueError(f"{self.args.data_path} and the tokenizer in {self.args.out_dir} are not those this run began with: "
+                             "restore them, or start a new run in another --out_dir")
+        if last["config"] != asdict(self.config):
+            raise ValueError(f"the run in {self.args.out_dir} has another network ({last['config']}): leave its sizes as they are, "
+                             "or start a new run in another --out_dir")
+        self.model.load_state_dict(last["model"])
+        self.optimizer.load_state_dict(last["optimizer"])
+        self.scaler.load_state_dict(last["scaler"])
+        self.batches.set_state(last["batches"])
+        if len(last["random"]) == self.world_size:
+            self.random.set_rng_state(last["random"][self.rank])
+        self.iteration, self.best, self.seconds, self.metrics = last["iteration"], last["best"], last["seconds"], last["metrics"]
+
+    def run(self) -> None:
+        """Trains up to max_iters, or until a signal comes, evaluating and saving on the way."""
+        args, saved, shown = self.args, time.monotonic(), 0.0
+        self.started, self.mark = time.monotonic() - self.seconds, (self.iteration, time.monotonic())
+        bar = tqdm(total=args.max_iters, initial=self.iteration, unit="it", dynamic_ncols=True,
+                   disable=not (self.master and sys.stderr.isatty()))
+        with bar:
+            while True:
+                if self.iteration % args.eval_interval == 0 or self.iteration == args.max_iters:
+                    if not self.metrics or self.metrics[-1]["iteration"] < self.iteration:
+                        line = self.evaluate()
+                        if self.master:
+                            bar.write(line)
+                        self.save()
+                        saved = time.monotonic()
+                    if self.iteration == args.max_iters:
+                        break
+                stop, due = self.agree(self.stop.requested, time.monotonic() - saved > SAVE_SECONDS)
+                if stop or due:
+                    self.save()
+                    saved = time.monotonic()
+                if stop:
+                    break
+                loss = self.step()
+                self.iteration += 1
+                bar.update()
+                if self.device.type == "cpu" or time.monotonic() - shown > 0.5:  # reading the loss makes a GPU wait
+                    shown = time.monotonic()
+                    if not math.isfinite(loss := loss.item()):
+                        raise ValueError(self.not_finite("loss"))
+                    bar.set_postfix_str(f"loss {loss:.3f}, best val loss {self.best:.3f}, {self.tokens_per_second():,.0f} tokens/s")
+
+    def step(self) -> torch.Tensor:
+        """One iteration: a batch, its gradients, an update. Returns the loss, a scalar left on the device."""
+        args, data = self.args, self.data["train"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.iteration, args)
+        starts = torch.randint(len(data) - args.block_size, (args.batch_size,), generator=self.batches, device=self.device)
+        parts = starts.chunk(self.world_size)[self.rank].chunk(args.gradient_accumulation_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(parts, 1):
+            wait = self.world_size > 1 and i < len(parts)  # the ranks exchange gradients once, after the last part
+            with self.step_model.no_sync() if wait else contextlib.nullcontext():
+                with self.autocast:
+                    loss = self.step_model(*windows(data, part, args.block_size))[1] / len(parts)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
+
+    def tokens_per_second(self) -> float:
+        """Speed of training since the last evaluation."""
+        iteration, then = self.mark
+        return (self.iteration - iteration) * self.args.batch_size * self.args.block_size / (time.monotonic() - then)
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """Each flag, true where it is true on any rank, so that all ranks do the same."""
+        if self.world_size == 1:
+            return list(flags)
+        union = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(union, dist.ReduceOp.MAX, group=self.flags_group)
+        return union.bool().tolist()
+
+    def evaluate(self) -> str:
+        """Measures losses and ReLUs, adds a row to the metrics, keeps the weights if they are the best. Returns a line to print."""
+        args, speed = self.args, self.tokens_per_second()
+        loss = {name: self.mean_loss(name) for name in ("train", "val")}
+        per_char = {name: loss[name] * self.tokens_per_char[name] for name in loss}
+        relus, histograms = self.inspect_relus()
+        tokens_seen = self.iteration * args.batch_size * args.block_size
+        self.metrics.append({
+            "iteration": self.iteration, "tokens_seen": tokens_seen, "epochs": tokens_seen / len(self.data["train"]),
+            "train_loss": loss["train"], "val_loss": loss["val"],
+            "train_nats_per_char": per_char["train"], "val_nats_per_char": per_char["val"],
+            "learning_rate": learning_rate(self.iteration, args),
+            "grad_norm": self.grad_norm.item(),
+            "tokens_per_second": speed, "seconds": time.monotonic() - self.started, **relus})
+        if not math.isfinite(loss["val"]):
+            raise ValueError(self.not_finite("validation loss"))
+        if self.master:
+            save_metrics(args.out_dir, self.metrics, histograms)
+        if loss["val"] < self.best:
+            self.best = loss["val"]
+            if self.master:
+                save_checkpoint(args.out_dir / "model.pt", self.checkpoint())
+        self.mark = self.iteration, time.monotonic()
+        return (f"iteration {self.iteration}: train loss {loss['train']:.4f}, val loss {loss['val']:.4f} nats per token "
+                f"({per_char['train']:.4f}, {per_char['val']:.4f} per character)")
+
+    @torch.no_grad()
+    def mean_loss(self, name: str) -> float:
+        """Mean loss, in nats per token, over the evaluation windows of a split or, with --eval_iters, over random batches."""
+        args, data = self.args, self.data[name]
+        if args.eval_iters:
+            draw = torch.Generator().manual_seed(args.seed + self.iteration)  # of its own: evaluating must not change the training
+            starts = torch.randint(len(data) - args.block_size, (args.eval_iters * args.batch_size,), generator=draw)
+        else:
+            starts = self.starts[name]
+        self.model.eval()
+        total = torch.zeros((), device=self.device)
+        for part in starts[self.rank::self.world_size].to(self.device).split(EVAL_BATCH):
+            with self.autocast:
+                total += self.model(*windows(data, part, args.block_size))[1] * len(part)
+        self.model.train()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.item() / len(starts)
+
+    def inspect_relus(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Statistics and histograms of each ReLU's outputs for a fixed batch, without dropout, and of the loss's gradient there.
+
+        `zeros` is the share of outputs that are 0, `dead` the share of units that are 0 for every token of the batch.
+        """
+        outputs = []
+        hooks = [block.ffwd.relu.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+                 for block in self.model.blocks]
+        self.model.eval()
+        loss = self.model(*windows(self.data["train"], self.starts["train"][:EVAL_BATCH].to(self.device), self.args.block_size))[1]
+        gradients = torch.autograd.grad(loss, outputs)
+        self.model.train()
+        for hook in hooks:
+            hook.remove()
+        stats, histograms = {}, {}
+        for layer, (out, grad) in enumerate(zip(outputs, gradients), 1):
+            stats |= {f"relu{layer}_mean": out.mean().item(), f"relu{layer}_std": out.std().item(),
+                      f"relu{layer}_zeros": (out == 0).float().mean().item(),
+                      f"relu{layer}_dead": (out == 0).flatten(0, 1).all(0).float().mean().item(),
+                      f"relu{layer}_grad_mean": grad.mean().item(), f"relu{layer}_grad_std": grad.std().item()}
+        for name, tensors in ("relu", outputs), ("relu_grad", gradients):
+            counts, edges = zip(*(np.histogram(t.detach().float().cpu().numpy(), 100) for t in tensors))
+            histograms |= {f"{name}_counts": np.array(counts), f"{name}_edges": np.array(edges)}
+        return stats, histograms
+
+    def checkpoint(self) -> dict:
+        """What a checkpoint for sampling holds: plain values and the weights."""
+        row = self.metrics[-1]
+        return {"config": asdict(self.config), "model": self.model.state_dict(), "tokenizer": self.tokenizer.fingerprint,
+                "iteration": self.iteration} | {key: row[key] for key in ("train_loss", "val_loss", "val_nats_per_char")}
+
+    def save(self) -> None:
+        """Writes last.pt: the checkpoint and all else that resuming bit for bit takes."""
+        random = [self.random.get_rng_state()]
+        if self.world_size > 1:
+            random *= self.world_size
+            dist.gather_object(self.random.get_rng_state(), random if self.master else None, group=self.flags_group)
+        if not self.master:
+            return
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise ValueError(self.not_finite("weights"))
+        args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
+        save_last(self.args.out_dir, self.checkpoint() | {
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "batches": self.batches.get_state(),
+            "random": random, "args": args, "text": self.text_hash, "best": self.best, "metrics": self.metrics,
+            "seconds": time.monotonic() - self.started})
+
+    def not_finite(self, what: str) -> str:
+        """The line that explains why the run ends."""
+        kept = f"{self.args.out_dir} keeps the checkpoint before" if self.metrics else "nothing was saved"
+        return (f"the {what} at iteration {self.iteration} is not a finite number: train with a smaller --learning_rate, "
+                f"--grad_clip 1 or --dtype float32; {kept}")
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+def parse_args() -> tuple[argparse.Namespace, dict | None]:
+    """The flags and, with --resume, the contents of last.pt, whose flags then stand for those not given."""
+    config = GPTConfig()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    at_least = {}  # smallest value of each number
+
+    def flag(group, name, default, minimum, text):
+        at_least[name] = minimum
+        group.add_argument(f"--{name}", type=type(default), default=default, metavar="N" if type(default) is int else "X",
+                           help=f"{text} (default {default})")
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, help="any UTF-8 text (default data/input.txt: Tiny Shakespeare)")
+    files.add_argument("--out_dir", type=Path, default=CHECKPOINTS, help="folder for all a run makes (default checkpoints/)")
+    files.add_argument("--resume", action="store_true", help="go on from last.pt in --out_dir, with its flags unless given anew")
+    network = parser.add_argument_group("network")
+    flag(network, "vocab_size", config.vocab_size, 256, "tokens in the vocabulary")
+    flag(network, "block_size", config.block_size, 1, "longest context, in tokens")
+    flag(network, "n_embd", config.n_embd, 1, "channels of the residual stream")
+    flag(network, "n_head", config.n_head, 1, "attention heads; each has n_embd // n_head channels")
+    flag(network, "n_layer", config.n_layer, 1, "blocks of attention and feed-forward")
+    flag(network, "dropout", config.dropout, 0, "share of activations dropped while training, less than 1")
+    training = parser.add_argument_group("training")
+    flag(training, "batch_size", 64, 1, "sequences in a batch, all processes together")
+    flag(training, "gradient_accumulation_steps", 1, 1, "parts a batch is computed in, to save memory")
+    flag(training, "max_iters", 5000, 1, "iterations in all")
+    flag(training, "learning_rate", 3e-4, 0, "step size of AdamW")
+    flag(training, "warmup_iters", 0, 0, "iterations over which the learning rate rises from 0")
+    flag(training, "lr_decay_iters", 0, 0, "iteration at which a cosine has taken it down to --min_lr; 0: it stays constant")
+    flag(training, "min_lr", 3e-5, 0, "where that cosine ends")
+    flag(training, "weight_decay", 0.01, 0, "of AdamW, on matrices only")
+    flag(training, "beta1", 0.9, 0, "AdamW's decay rate of the first moment, less than 1")
+    flag(training, "beta2", 0.999, 0, "AdamW's decay rate of the second moment, less than 1")
+    flag(training, "grad_clip", 0.0, 0, "largest norm of the gradient; 0: any")
+    flag(training, "seed", 1337, 0, "of initialisation, batches and dropout")
+    flag(training, "eval_interval", 500, 1, "iterations between two evaluations")
+    flag(training, "eval_iters", 0, 0, "random batches to evaluate on, as published: 200; 0: the whole validation split "
+                                        "in windows side by side, exactly, and an equal share of the training split")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
+    machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                         help="of the arithmetic (default: bfloat16 on GPUs that have it, else float16 there, else float32)")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                         help="fuse the network with torch.compile (default: on CUDA only)")
+
+    args, last = parser.parse_args(), None
+    if args.resume:
+        last = load_last(args.out_dir)
+        saved = {name: value for name, value in last["args"].items() if name not in ("resume", "out_dir")}
+        parser.set_defaults(**saved | {"data_path": Path(saved["data_path"])})
+        args = parser.parse_args()
+        for name, value in vars(args).items():
+            if name in saved and str(saved[name]) != str(value):
+                print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on")
+    for name, minimum in at_least.items():
+        value, less_than_1 = getattr(args, name), name in ("dropout", "beta1", "beta2")
+        if not minimum <= value < (1 if less_than_1 else math.inf):
+            parser.error(f"--{name} must be at least {minimum}{' and less than 1' if less_than_1 else ''}, not {value}")
+    if args.n_head > args.n_embd:
+        parser.error(f"--n_head {args.n_head} must not exceed --n_embd {args.n_embd}: each head needs a channel")
+    return args, last
+
+
+def main() -> None:
+    args, last = parse_args()
+    master = int(os.environ.get("RANK", 0)) == 0
+    if master:
+        held = lock(args.out_dir)  # until this process ends
+        if not args.resume:
+            set_aside(args.out_dir)
+        if args.data_path == DEFAULT_TEXT and not DEFAULT_TEXT.exists():
+            subprocess.run([sys.executable, DEFAULT_TEXT.with_name("prepare.py")], check=True)
+    trainer = Trainer(args, last)
+    if master:
+        print(trainer.summary())
+    trainer.run()
+    if master and trainer.stop.requested:
+        command = ["python", "train.py", "--resume"] + ["--out_dir", str(args.out_dir)] * (args.out_dir != CHECKPOINTS)
+        print(f"stopped and saved at iteration {trainer.iteration}; go on with: {shlex.join(command)}")
+    elif master:
+        model, best = load_model(args.out_dir / "model.pt")
+        start = torch.tensor([trainer.tokenizer.encode_array("\n").tolist()])
+        print(f"\na sample, from the weights of iteration {best['iteration']} (val loss {best['val_loss']:.4f}):")
+        print(trainer.tokenizer.decode(model.generate(start, 200, seed=args.seed)[0].tolist()))
+        print(f"\nmodel.pt, metrics.csv and all else is in {args.out_dir}; more text: python generate.py")
+    if trainer.world_size > 1:
+        dist.destroy_process_group()
+    if trainer.stop.requested:
+        sys.exit(128 + trainer.stop.number)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
