@@ -196,7 +196,8 @@ def draw_loss(metrics):
     title, per_token = "No validation loss is a number: training diverged", chars_per_token(metrics)
     if np.isfinite(per_token):
         best = np.nanargmin(val)
-        title = f"Best validation loss: {val[best] / per_token:.4f} nats per character, at iteration {iteration[best]:,.0f}"
+        title = (f"Best validation loss: {val[best] / per_token:.4f} nats per character, "
+                 f"at iteration {iteration[best]:,.0f}")
         axes.plot(iteration[best], val[best], "*", color=VAL_COLOR, markersize=15, markeredgecolor="white", zorder=5,
                   label=f"best: {val[best]:.4f} nats per token")
         right = axes.secondary_yaxis("right", functions=(lambda y: y / per_token, lambda y: y * per_token))
@@ -219,7 +220,7 @@ def draw_loss(metrics):
     return figure
 
 
-def draw_training(metrics):
+def draw_relu_training(metrics):
     """Share of zeros and of dead units of each layer's ReLU against iterations."""
     iteration, zeros, dead = metrics["iteration"], metrics["relu_zeros"], np.nan_to_num(metrics["relu_dead"])
     figure = Figure(figsize=(WIDTH, 5.2))
@@ -239,7 +240,7 @@ def draw_training(metrics):
     if dead.any():
         title = (f"Do ReLUs die? At worst, {dead.max():.1%} of a layer's units were dead "
                  f"(layer {layer + 1}, iteration {iteration[row]:,.0f})")
-    headline(figure, upper, title, "Share of outputs that are exactly zero: units fire for some tokens, not for others.")
+    headline(figure, upper, title, "Share of outputs that are exactly zero: a unit fires for some tokens only.")
     lower.set_title("Share of dead units: those that fire for no token of the batch, and so learn nothing from it.")
     top = max(0.01, 1.1 * dead.max())
     lower.set(xlabel="iteration", ylim=(-0.04 * top, top))  # so that a line at zero is seen
@@ -261,7 +262,7 @@ def draw_histograms(histograms, kind):
     return figure, axes, handles
 
 
-def draw_outputs(metrics, histograms, row):
+def draw_relu_outputs(metrics, histograms, row):
     """The distribution of each ReLU's outputs; `row` is the evaluation in `metrics` that the histograms are of."""
     figure, axes, handles = draw_histograms(histograms, "relu")
     mean, std, zeros, dead = (metrics[f"relu_{name}"][:, row] for name in ("mean", "std", "zeros", "dead"))
@@ -278,8 +279,8 @@ def draw_outputs(metrics, histograms, row):
     return figure
 
 
-def draw_gradients(metrics, histograms, row):
-    """The distribution of the loss's gradient at each ReLU; `row` as in draw_outputs."""
+def draw_relu_gradients(metrics, histograms, row):
+    """The distribution of the loss's gradient at each ReLU; `row` as in draw_relu_outputs."""
     figure, axes, handles = draw_histograms(histograms, "relu_grad")
     mean, std = metrics["relu_grad_mean"][:, row], metrics["relu_grad_std"][:, row]
     rows = [[f"layer {i + 1}", f"{mean[i]:.1e}", f"{std[i]:.1e}"] for i in range(len(mean))]
@@ -288,8 +289,8 @@ def draw_gradients(metrics, histograms, row):
     if std.max() > std.min() > 0:
         title += (f": layer {std.argmax() + 1}'s spread {std.max() / std.min():.1f} times as wide "
                   f"as layer {std.argmin() + 1}'s")
-    headline(figure, axes, title, f"Iteration {histograms['iteration']:,}. Of like width: every layer gets its share "
-             "of the signal. A mere spike at zero: that layer starves.")
+    headline(figure, axes, title, f"Iteration {histograms['iteration']:,}. Curves of like width: every layer gets its "
+             "share of the signal. A mere spike: that layer starves.")
     axes.set(xlabel="gradient of the loss with respect to the ReLU's output")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
     return figure
@@ -309,7 +310,7 @@ def draw_all(out_dir, suffix):
     """Draw every picture for which `out_dir` holds the figures. Raises ValueError or OSError."""
     metrics = read_metrics(out_dir / "metrics.csv")
     save(draw_loss(metrics), out_dir / f"loss.{suffix}")
-    save(draw_training(metrics), out_dir / f"relu_training.{suffix}")
+    save(draw_relu_training(metrics), out_dir / f"relu_training.{suffix}")
 
     path = out_dir / "histograms.npz"
     if not path.exists():
@@ -319,8 +320,8 @@ def draw_all(out_dir, suffix):
     rows = np.flatnonzero(metrics["iteration"] == histograms["iteration"])
     if len(rows) == 0:
         raise ValueError(f"{path} is of iteration {histograms['iteration']}, which metrics.csv lacks; train again")
-    save(draw_outputs(metrics, histograms, rows[-1]), out_dir / f"relu_outputs.{suffix}")
-    save(draw_gradients(metrics, histograms, rows[-1]), out_dir / f"relu_gradients.{suffix}")
+    save(draw_relu_outputs(metrics, histograms, rows[-1]), out_dir / f"relu_outputs.{suffix}")
+    save(draw_relu_gradients(metrics, histograms, rows[-1]), out_dir / f"relu_gradients.{suffix}")
 
 
 def parse_args():

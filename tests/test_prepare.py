@@ -1,4 +1,4 @@
-"""data/prepare.py against a server on this machine: the right text lands whole, or nothing changes and one line says why."""
+"""data/prepare.py against a server on this machine: the text lands whole, or nothing changes and a line says why."""
 import hashlib
 import importlib
 import os
