@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from tokenizer import atomic_write
 
@@ -155,13 +155,13 @@ def headline(figure, axes, title, explanation):
     axes.set_title(explanation)
 
 
-def table_legend(axes, handles, header, rows):
+def table_legend(axes, handles, header, rows, **place):
     """A legend that is a table: a line of `header`, then a line of `rows` beside each of the handles."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
     lines = [line.replace(" ", "\N{NO-BREAK SPACE}") for line in lines]  # SVG shrinks a run of plain spaces to one
     no_handle = axes.plot([], [], " ")[0]
-    axes.legend([no_handle, *handles], lines, prop={"family": "monospace", "size": 8.5}, loc="upper right")
+    axes.legend([no_handle, *handles], lines, prop={"family": "monospace", "size": 8.5}, **place)
 
 
 def iteration_ticks(axis):
@@ -174,7 +174,7 @@ def loss_ticks(axis):
     """Plain numbers on a logarithmic axis: 2, 2.5, 3, 4, 5, 6 instead of powers of ten."""
     axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def draw_loss(metrics):
@@ -189,7 +189,8 @@ def draw_loss(metrics):
         thin = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 4, "alpha": 0.75}
         x = REFERENCE_ITERATION[:reached]
         axes.plot(x, REFERENCE_TRAIN[:reached], color=TRAIN_COLOR, label="train, published run", **thin)
-        axes.plot(x, REFERENCE_VAL[:reached], color=VAL_COLOR, label="validation, published run", **thin)
+        axes.plot(x, REFERENCE_VAL[:reached], color=VAL_COLOR, **thin,
+                  label=f"validation, published run, best: {REFERENCE_VAL[:reached].min():.4f}")
     axes.set(yscale="log", ylabel="loss, nats per token")  # logarithmic, or the first drop would flatten all the rest
     loss_ticks(axes.yaxis)
 
@@ -272,8 +273,8 @@ def draw_relu_outputs(metrics, histograms, row):
     if (published := reference_zeros(metrics)) is not None:
         header.append("(published)")
         rows = [[*cells, f"({share:.1%})"] for cells, share in zip(rows, published)]
-    table_legend(axes, handles, header, rows)
-    headline(figure, axes, f"ReLU outputs: by layer, {zeros.min():.0%} to {zeros.max():.0%} are exactly zero",
+    table_legend(axes, handles, header, rows, loc="upper right")
+    headline(figure, axes, f"ReLU outputs: by layer, {zeros.min():.1%} to {zeros.max():.1%} are exactly zero",
              f"Iteration {histograms['iteration']:,}. The spike is the zeros; beside it, how strongly units fire.")
     axes.set(xlabel="output of the ReLU", xlim=(0, None))
     return figure
@@ -284,7 +285,7 @@ def draw_relu_gradients(metrics, histograms, row):
     figure, axes, handles = draw_histograms(histograms, "relu_grad")
     mean, std = metrics["relu_grad_mean"][:, row], metrics["relu_grad_std"][:, row]
     rows = [[f"layer {i + 1}", f"{mean[i]:.1e}", f"{std[i]:.1e}"] for i in range(len(mean))]
-    table_legend(axes, handles, ["", "mean", "std"], rows)
+    table_legend(axes, handles, ["", "mean", "std"], rows, loc="upper left", bbox_to_anchor=(1, 1))
     title = "Gradients at the ReLUs"
     if std.max() > std.min() > 0:
         title += (f": layer {std.argmax() + 1}'s spread {std.max() / std.min():.1f} times as wide "

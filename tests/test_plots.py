@@ -124,7 +124,7 @@ def test_the_loss_picture_names_the_best_evaluation(svg):
     assert f"Best validation loss: {nats} nats per character, at iteration 4,000" in svg["loss"]
     assert f"best: {best['val_loss']:.4f} nats per token" in svg["loss"]
     for label in ["train", "validation", "iteration", "loss, nats per token", "nats per character", "learning",
-                  "million tokens seen (passes over the training text)", "validation, published run"]:
+                  "million tokens seen (passes over the training text)", "validation, published run, best: 2.9428"]:
         assert f"\n{label}\n" in svg["loss"]
 
 
@@ -140,7 +140,7 @@ def test_the_tables_beside_the_histograms_hold_the_figures_of_the_last_evaluatio
         assert re.search(r"\s+".join(map(re.escape, cells)), svg["relu_outputs"])
         assert re.search(rf"layer {i}\s+1\.0e-09\s+{i}\.0e-06", svg["relu_gradients"])
     lowest, highest = last["relu1_zeros"], last["relu5_zeros"]
-    assert f"by layer, {lowest:.0%} to {highest:.0%} are exactly zero" in svg["relu_outputs"]
+    assert f"by layer, {lowest:.1%} to {highest:.1%} are exactly zero" in svg["relu_outputs"]
     assert "layer 5's spread 5.0 times as wide as layer 1's" in svg["relu_gradients"]
 
 
