@@ -45,7 +45,6 @@ STYLE = {
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-
 def parse_number(field, where):
     """A field of metrics.csv as a float. Empty, or too large to be drawn, counts as NaN: a gap in the curve."""
     try:
@@ -65,10 +64,7 @@ def read_metrics(path):
         raise ValueError(f"{path} is missing: train first, with `python train.py`, or name a run with --out_dir")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} is too large to be the metrics of a run; train again")
-    try:
-        lines = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: byte {error.start} is not UTF-8; train again") from None
+    lines = [line.split(",") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     if len(lines) < 2:
         raise ValueError(f"{path} holds no evaluation: train until the first one, with `python train.py`")
 
@@ -118,7 +114,6 @@ def read_histograms(path, n_layer):
 
 # ---- what compares with the published run ---------------------------------------------------------------------------
 
-
 def chars_per_token(metrics):
     """Of the validation text: turns nats per character into nats per token. NaN if no loss is known."""
     known = (metrics["val_loss"] > 0) & (metrics["val_nats_per_char"] > 0)
@@ -137,7 +132,6 @@ def reference_zeros(metrics):
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
-
 
 def layer_colors(n_layer):
     """From the first layer, dark, to the last, bright; the palest end of viridis would vanish on white."""
@@ -305,7 +299,6 @@ def save(figure, path):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-
 
 def draw_all(out_dir, suffix):
     """Draw every picture for which `out_dir` holds the figures. Raises ValueError or OSError."""

@@ -235,7 +235,7 @@ def test_damaged_metrics_name_the_line_and_the_column(run, draw, damage, words):
 
 def test_metrics_that_are_no_text_are_one_line(run, draw):
     (run / "metrics.csv").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
-    is_one_line(draw(run), "metrics.csv", "not UTF-8")
+    is_one_line(draw(run), "metrics.csv, line 1", "train again")
 
 
 def zip_bomb(path):
