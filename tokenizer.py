@@ -28,7 +28,7 @@ CHECKPOINTS = HERE / "checkpoints"
 DEFAULT_TEXT = HERE / "data" / "input.txt"
 MERGES_FILE, VOCAB_FILE = "merges.pkl", "vocab.pkl"
 
-SHORT = 4096  # bytes up to which replacing in a string encodes faster than an index of the text
+SHORT = 8192  # bytes up to which replacing in a string encodes faster than an index of the text
 BLOCK = 1 << 21  # bytes worked on at a time: bounds the memory, and stays in the processor's cache
 MAX_VOCAB = 1 << 20  # a token is also a character (see `encode_short`), and Unicode ends at 0x10FFFF
 MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens together: a crafted one must not fill the memory
@@ -56,19 +56,20 @@ class TokenSequence:
         blocks = np.array_split(text, len(text) // BLOCK + 1)
         self.count = sum(np.bincount(block, minlength=256) for block in blocks).tolist()  # of places, at most
         self.where = {}
+        self.index = np.int32 if BLOCK < len(text) < 1 << 31 else np.int64  # int64 is faster, int32 smaller
 
     def places(self, token):
-        """Byte positions at which a token starts, ascending int64."""
+        """Byte positions at which a token starts, ascending."""
         if token in self.where:
             places = self.where[token]
             places = places.compress(self.head.take(places) == token)  # methods: faster than the same with [ ]
         else:
-            places = np.flatnonzero(self.head == token)
+            places = np.flatnonzero(self.head == token).astype(self.index)
         self.where[token], self.count[token] = places, len(places)
         return places
 
     def find(self, pair):
-        """Byte positions at which a pair of neighbours starts, ascending int64, overlaps included.
+        """Byte positions at which a pair of neighbours starts, ascending, overlaps included.
 
         [1, 2, 3, 1, 2] with (1, 2) -> [0, 3];  [1, 1, 1] with (1, 1) -> [0, 1]
         """
@@ -111,7 +112,7 @@ def every_other(places, size):
 
 
 def count_pairs(text):
-    """How often each byte is followed by each other, overlaps included: [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, ...}."""
+    """How often each byte is followed by each other: uint8 [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}."""
     counts = np.zeros(1 << 16, np.int64)
     for start in range(0, len(text), BLOCK):
         block = text[start:start + BLOCK + 1].astype(np.int64)
@@ -165,14 +166,17 @@ def pop_best(heap, most, tokens):
     """Takes the best pair off the heap of `learn`, and finds where it occurs; (None, None) when there is none left."""
     while heap:
         count, first, pair = heap[0]
-        looked_up = most[pair] == -count
-        if looked_up:
-            places = tokens.find(pair)
-            most[pair], first = len(places), int(places[0]) if len(places) else 0
-        entry = (-most[pair], first, pair)
-        if not most[pair]:
+        if most[pair] < -count:
+            heapreplace(heap, (-most[pair], first, pair))
+            continue
+        places = tokens.find(pair)
+        if not len(places):
             heappop(heap)
-        elif heapreplace(heap, entry) and looked_up and heap[0] is entry:
+            continue
+        most[pair] = len(places)
+        entry = (-len(places), int(places[0]), pair)
+        heapreplace(heap, entry)
+        if heap[0] is entry:
             heappop(heap)
             return pair, places
     return None, None
@@ -452,7 +456,7 @@ PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "
 
 
 def invalid(path, reason):
-    return ValueError(f"{path} is no tokenizer file ({reason}): run python tokenizer.py train")
+    return ValueError(f"{path} is no tokenizer file ({reason!s:.120}): run python tokenizer.py train")
 
 
 def visible(token):

@@ -1,0 +1,604 @@
+"""The tokenizer: exactly the textbook's merges and ids, published facts, files that are safe, and clear errors."""
+
+import itertools
+import os
+import pickle
+import pickletools
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import tokenizer as tok
+from textbook_bpe import textbook_bpe_encode, textbook_bpe_train
+from tokenizer import BasicTokenizer, TokenSequence, atomic_write, learn, load_pair, read_text, save_pair, spell
+
+SENTENCE = "Hi, My name is Toufik"
+SENTENCE_IDS = [72, 105, 261, 77, 265, 110, 97, 378, 279, 84, 262, 102, 105, 107]
+
+
+def tokenizer_of(merges):
+    """A tokenizer with given merges, without files."""
+    tokenizer = BasicTokenizer.__new__(BasicTokenizer)
+    tokenizer._use(merges, spell(merges))
+    return tokenizer
+
+
+def trained(data, vocab_size):
+    """Merges and ids of bytes; the vocabulary is smaller where the pairs run out."""
+    tokens, merges = TokenSequence(data, vocab_size), {}
+    try:
+        for pair, new, _ in learn(tokens, vocab_size):
+            merges[pair] = new
+    except ValueError as error:
+        assert f"vocab_size can be {256 + len(merges)} at most" in str(error)
+    return merges, tokens.ids().tolist()
+
+
+@pytest.fixture(scope="module")
+def text():
+    path = ROOT / "data" / "input.txt"
+    if not path.exists() and not os.environ.get("CI"):
+        pytest.skip("needs Tiny Shakespeare: python data/prepare.py")
+    return read_text(path)
+
+
+@pytest.fixture(scope="module")
+def shakespeare(text, tmp_path_factory):
+    return BasicTokenizer(ROOT / "data" / "input.txt", out_dir=tmp_path_factory.mktemp("shakespeare"))
+
+
+# ------------------------------------------------------------------------------- the same as the textbook
+
+runs = st.lists(st.tuples(st.sampled_from(b"ab"), st.integers(1, 40)), max_size=20).map(
+    lambda runs: b"".join(bytes([byte]) * length for byte, length in runs))
+texts = st.one_of(
+    st.binary(max_size=300),
+    st.text(st.characters(codec="utf-8"), max_size=100).map(str.encode),
+    st.text("ab", max_size=300).map(str.encode),
+    st.text("abc ", max_size=300).map(str.encode),
+    st.text("é🙂漢字e\u0301\u200d👩", max_size=100).map(str.encode),
+    st.integers(0, 300).map(lambda length: b"a" * length),
+    runs,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(texts, st.integers(256, 300))
+def test_training_equals_the_textbook(data, vocab_size):
+    assert trained(data, vocab_size) == textbook_bpe_train(data, vocab_size)
+
+
+@settings(max_examples=500, deadline=None)
+@given(texts, texts)
+def test_encoding_equals_the_textbook_for_short_and_long_texts(data, other):
+    merges, _ = textbook_bpe_train(data, 300)
+    tokenizer = tokenizer_of(merges)
+    for text in (data, other, data + other):
+        expected = textbook_bpe_encode(text, merges)
+        assert tokenizer._encode_short(text).tolist() == expected
+        assert tokenizer._encode_long(text).tolist() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts, texts, st.integers(1, 20))
+def test_blocks_have_the_tokens_of_the_whole(data, other, block):
+    """Blocks of a few bytes, so that a cut in the wrong place shows."""
+    merges, _ = textbook_bpe_train(data, 300)
+    tokenizer = tokenizer_of(merges)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tok, "BLOCK", block)
+        patch.setattr(tok, "SHORT", -1)
+        ids = tokenizer.encode_array((data + other) or b"x").tolist()
+    assert ids == textbook_bpe_encode((data + other) or b"x", merges)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts, st.integers(1, 20))
+def test_pairs_are_counted_across_blocks(data, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tok, "BLOCK", block)
+        assert trained(data, 280) == textbook_bpe_train(data, 280)
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(codec="utf-8")))
+def test_decode_undoes_encode_for_every_text(text):
+    tokenizer = tokenizer_of(textbook_bpe_train("é🙂漢字 the the then".encode(), 270)[0])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_tiny_texts(length):
+    assert trained(b"aa"[:length], 300) == textbook_bpe_train(b"aa"[:length], 300)
+
+
+def test_textbook_case():
+    merges, ids = trained(b"aaabdaaabac", 259)
+    assert ids == [258, 100, 258, 97, 99]
+    assert tokenizer_of(merges).encode("aaabdaaabac") == ids
+
+
+def test_a_tie_goes_to_the_pair_that_occurs_first():
+    assert list(trained(b"xy ab ab xy", 257)[0]) == [(ord("x"), ord("y"))]
+
+
+def test_worked_examples_of_the_docstrings():
+    tokens = TokenSequence(bytes([1, 2, 3, 1, 2]), 257)
+    places = tokens.find((1, 2))
+    assert places.tolist() == [0, 3]
+    before, after = tokens.merge((1, 2), places, 256)
+    assert tokens.ids().tolist() == [256, 3, 256]
+    assert before.tolist() == [tokens.hole, 3] and after.tolist() == [3, tokens.hole]
+    tokens = TokenSequence(bytes([1, 1, 1]), 257)
+    places = tokens.find((1, 1))
+    assert places.tolist() == [0, 1]
+    tokens.merge((1, 1), places, 256)
+    assert tokens.ids().tolist() == [256, 1]
+    assert tok.every_other(np.array([0, 1, 2, 7]), 1).tolist() == [0, 2, 7]
+
+
+def test_ids_beyond_the_surrogates_and_16_bits():
+    """A vocabulary of 70,000: ids are characters inside encode_short, also those reserved for surrogates."""
+    merges = {(new - 256, new % 256): new for new in range(256, 70_000)}
+    tokenizer = tokenizer_of({pair: new for new, pair in enumerate(merges, 256)})
+    for data in (bytes(range(256)) * 2, np.random.default_rng(0).bytes(5000)):
+        short, long = tokenizer._encode_short(data), tokenizer._encode_long(data)
+        assert short.dtype == long.dtype == np.uint32
+        assert short.tolist() == long.tolist()
+        assert tokenizer.decode_bytes(short.tolist()) == data
+
+
+# ------------------------------------------------------------------------------- published facts, on the real text
+
+
+def test_published_merges_and_prints(text, tmp_path, capsys):
+    tokenizer = BasicTokenizer(ROOT / "data" / "input.txt", vocab_size=500, verbose=True, out_dir=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert list(tokenizer.merges)[:4] == [(101, 32), (116, 104), (116, 32), (115, 32)]
+    assert lines[243] == "merge 244/244: (292, 256) -> 499 (b'ome ') had 494 occurrences"
+    assert lines[244:] == ["compression ratio: 1.94X"]
+
+
+def test_published_ids(shakespeare, text, capsys):
+    capsys.readouterr()
+    assert shakespeare.encode(SENTENCE) == SENTENCE_IDS
+    assert capsys.readouterr().out == "compression ratio: 1.50X\n"
+    assert shakespeare.decode(SENTENCE_IDS) == SENTENCE
+    ids = shakespeare.encode_array(text)
+    assert len(ids) == 574_057 and ids.dtype == np.uint16
+    assert shakespeare.decode(ids.tolist()) == text
+
+
+def test_both_ways_of_encoding_agree_on_the_real_text(shakespeare, text):
+    data = text[:50_000].encode()
+    assert shakespeare._encode_short(data).tolist() == shakespeare._encode_long(data).tolist()
+
+
+# ------------------------------------------------------------------------------- the class
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A tokenizer of 260 tokens, its text and its files."""
+    path = tmp_path / "text.txt"
+    path.write_bytes("the thing, the théâtre\r\n".encode() * 9)
+    return BasicTokenizer(path, 260, out_dir=tmp_path)
+
+
+def test_loading_gives_what_was_trained(small):
+    loaded = BasicTokenizer(out_dir=small.out_dir)
+    assert (loaded.merges, loaded.vocab, loaded.vocab_size) == (small.merges, small.vocab, 260)
+    assert loaded.fingerprint == small.fingerprint
+    for name, attribute in (("merges.pkl", small.merges), ("vocab.pkl", small.vocab)):
+        assert pickle.loads((small.out_dir / name).read_bytes()) == attribute, "others read it with pickle"
+    assert {type(token) for pair, new in small.merges.items() for token in (*pair, new)} == {int}
+
+
+def test_train_may_be_called_again(small):
+    before = dict(small.merges)
+    small.train()
+    assert small.merges == before
+    loaded = BasicTokenizer(out_dir=small.out_dir)
+    with pytest.raises(ValueError, match="give train\\(\\) a data_path"):
+        loaded.train()
+    loaded.train(small.data_path)
+    assert loaded.merges == before
+
+
+def test_fingerprints_differ_where_merges_do():
+    assert tokenizer_of({(97, 98): 256}).fingerprint != tokenizer_of({(97, 99): 256}).fingerprint
+
+
+def test_256_tokens_are_the_bytes(small):
+    tokenizer = BasicTokenizer(small.data_path, 256, out_dir=small.out_dir)
+    assert tokenizer.merges == {} and tokenizer.encode("é") == [195, 169]
+
+
+@pytest.mark.parametrize("vocab_size", [255, 0, -1, tok.MAX_VOCAB + 1])
+def test_impossible_vocabulary_sizes(small, vocab_size):
+    with pytest.raises(ValueError, match="vocab_size must be from 256"):
+        BasicTokenizer(small.data_path, vocab_size, out_dir=small.out_dir)
+
+
+def test_too_few_pairs_says_how_large_the_vocabulary_can_be(tmp_path):
+    (tmp_path / "text.txt").write_text("abcd")
+    with pytest.raises(ValueError, match="vocab_size can be 259 at most, not 300"):
+        BasicTokenizer(tmp_path / "text.txt", 300, out_dir=tmp_path)
+    assert not (tmp_path / "merges.pkl").exists()
+    BasicTokenizer(tmp_path / "text.txt", 259, out_dir=tmp_path)
+
+
+def test_decode_names_an_unknown_id(small):
+    for token in (260, -1):
+        with pytest.raises(ValueError, match=f"no token {token}: the ids are 0 to 259"):
+            small.decode([65, token])
+
+
+def test_decode_takes_arrays_and_replaces_what_is_not_utf8(small):
+    assert small.decode(np.array([65, 195, 66])) == "A\ufffdB"
+    assert small.decode_bytes([65, 195, 66]) == b"A\xc3B"
+
+
+def test_surrogates_do_not_crash(small):
+    argument = b"caf\xe9".decode(errors="surrogateescape")  # what Python makes of Latin-1 on the command line
+    assert small.decode_bytes(small.encode(argument)) == b"caf\xe9"
+    small.encode("\ud800")
+
+
+# ------------------------------------------------------------------------------- reading a text
+
+
+@pytest.mark.parametrize("data, message", [
+    (b"", "is empty: pass a text with --data_path"),
+    (b"\xef\xbb\xbf", "is empty"),
+    ("déjà vu".encode("latin-1"), r"is not UTF-8 \(byte 1 is 0xe9\), Latin-1 perhaps: convert it with iconv -f LATIN1"),
+    ("ROMEO".encode("utf-16"), "is UTF-16, not UTF-8: convert it with iconv -f UTF-16"),
+    (("ROMEO " * 99).encode("utf-16-le"), "is UTF-16"),
+    (("ROMEO " * 99).encode("utf-16-be"), "is UTF-16"),
+    (b"\x7fELF\x02\x00\x00", r"is binary, not text \(byte 5 is zero\)"),
+    (bytes(range(256)) * 9, "is binary"),
+])
+def test_what_is_no_text(tmp_path, data, message):
+    path = tmp_path / "input.txt"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="input.txt " + message):
+        read_text(path)
+
+
+def test_no_file_and_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="no text at .*none.txt: run python data/prepare.py, or pass --data_path"):
+        read_text(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="cannot read .*: Is a directory"):
+        read_text(tmp_path)
+
+
+def test_a_byte_order_mark_goes_and_line_ends_stay(tmp_path):
+    (tmp_path / "input.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
+    assert read_text(tmp_path / "input.txt") == "a\r\nb\n"
+
+
+# ------------------------------------------------------------------------------- hostile and damaged files
+
+MERGES = {(97, 98): 256, (256, 99): 257}
+VOCAB = spell(MERGES)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("code_ran",)
+
+
+def frame(*parts):
+    return b"\x80\x04" + b"".join(parts) + b"."
+
+
+def one_of(**change):
+    return pickle.dumps({**VOCAB, **{int(key[1:]): value for key, value in change.items()}})
+
+
+HOSTILE = {  # what is wrong: (merges.pkl, the message), or (vocab.pkl, the message)
+    "code in merges": ("merges", pickle.dumps({(97, 98): Code()}), "SHORT_BINUNICODE has no place"),
+    "code, protocol 0": ("merges", b"cos\nmkdir\n(S'code_ran'\ntR.", "GLOBAL has no place"),
+    "code in vocab": ("vocab", pickle.dumps({0: Code()}, protocol=2), "GLOBAL has no place"),
+    "code, extension registry": ("vocab", frame(b"}\x82\x01"), "EXT1 has no place"),
+    "persistent id": ("vocab", frame(b"}Pid\n"), "PERSID has no place"),
+    "empty file": ("merges", b"", "pickle exhausted before seeing STOP"),
+    "truncated": ("vocab", pickle.dumps(VOCAB)[:-9], "not enough data in stream"),
+    "text": ("merges", b"First Citizen:\n", "could not convert string to float: b'irst Citizen:'"),
+    "zip file": ("merges", b"PK\x03\x04" + bytes(40), "no newline found"),
+    "4 GB of bytes announced": ("vocab", frame(b"}K\x00B\xff\xff\xff\xffab"), "expected 4294967295 bytes"),
+    "2^62 bytes announced": ("vocab", frame(b"}K\x00\x8e" + struct.pack("<Q", 1 << 62)), "expected 4611686018427387904"),
+    "bytearray of 2^62": ("vocab", frame(b"}K\x00\x96" + struct.pack("<Q", 1 << 62)), "expected 4611686018427387904"),
+    "memo of 2^32": ("merges", frame(b"}r\xff\xff\xff\xff"), "vocab.pkl is not what"),
+    "integer of 5,000 digits": ("merges", frame(b"}I" + b"9" * 5000 + b"\n"), "4300 digits"),
+    "integer of 2^31 bytes": ("merges", frame(b"}\x8b\xff\xff\xff\x7f"), "long4"),
+    "tuples 100,000 deep": ("merges", frame(b"}K\x01" + b"K\x01\x86" * 100_000 + b"K\x01s"), "TUPLE2 has no place"),
+    "a list": ("merges", pickle.dumps([1, 2, 3]), "EMPTY_LIST has no place"),
+    "a string": ("merges", pickle.dumps({"ab": 256}), "SHORT_BINUNICODE has no place"),
+    "a float": ("merges", pickle.dumps({(97, 98): 256.0}), "BINFLOAT has no place"),
+    "a bool": ("merges", pickle.dumps({(True, 98): 256}), "NEWTRUE has no place"),
+    "a bool of protocol 0": ("merges", frame(b"}(I01\nK\x62tM\x00\x01s"), "TUPLE has no place"),
+    "a key without value": ("merges", frame(b"}K\x01s"), "argument 2 is shorter"),
+    "a triple": ("merges", pickle.dumps({(97, 98, 99): 256}), "TUPLE3 has no place"),
+    "ids with a gap": ("merges", pickle.dumps({(97, 98): 256, (97, 99): 258}), r"\(97, 99\) -> 258 does not make token 257"),
+    "an id below 256": ("merges", pickle.dumps({(97, 98): 255}), "-> 255 does not make token 256"),
+    "made of itself": ("merges", pickle.dumps({(97, 256): 256}), "does not make token 256 of two earlier"),
+    "made of a later id": ("merges", pickle.dumps({(97, 257): 256, (97, 98): 257}), "does not make token 256 of two earlier"),
+    "made of a negative id": ("merges", pickle.dumps({(97, -1): 256}), "does not make token 256 of two earlier"),
+    "made of one number": ("merges", pickle.dumps({97: 256}), "97 -> 256 does not make token 256"),
+    "made into bytes": ("merges", pickle.dumps({(97, 98): b"ab"}), "does not make token 256"),
+    "tokens that double 200 times": ("merges", pickle.dumps({(max(new - 1, 97) if new > 256 else 97,) * 2: new
+                                                             for new in range(256, 456)}), "bytes in them"),
+    "vocab as merges": ("merges", pickle.dumps(VOCAB), "does not make token 256"),
+    "merges as vocab": ("vocab", pickle.dumps(MERGES), "vocab.pkl is not what .*merges.pkl spells"),
+    "a token spelled otherwise": ("vocab", one_of(_256=b"ba"), "vocab.pkl is not what .*merges.pkl spells"),
+    "a byte spelled otherwise": ("vocab", one_of(_65=b"BB"), "vocab.pkl is not what .*merges.pkl spells"),
+    "a token too many": ("vocab", one_of(_258=b"abc"), "vocab.pkl is not what .*merges.pkl spells"),
+    "an empty vocabulary": ("vocab", pickle.dumps({}), "vocab.pkl is not what .*merges.pkl spells"),
+}
+
+
+@pytest.mark.parametrize("name, data, message", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files_give_one_clear_line(tmp_path, monkeypatch, name, data, message):
+    monkeypatch.chdir(tmp_path)
+    save_pair(tmp_path, MERGES, VOCAB)
+    (tmp_path / f"{name}.pkl").write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message) as caught:
+        BasicTokenizer(out_dir=tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    line = str(caught.value)
+    print(line)
+    assert f"{name}.pkl" in line and line.endswith("run python tokenizer.py train") and "\n" not in line
+    assert not (tmp_path / "code_ran").exists()
+    assert peak < 1e7 + 50 * len(data), "bytes, and no gigabytes"
+
+
+@pytest.mark.parametrize("name", ["merges.pkl", "vocab.pkl"])
+def test_oversized_missing_and_folders(tmp_path, name):
+    save_pair(tmp_path, MERGES, VOCAB)
+    os.truncate(tmp_path / name, tok.MAX_BYTES + 1)
+    with pytest.raises(ValueError, match=f"{name} is no tokenizer file .it is larger than"):
+        load_pair(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="there is no tokenizer in .*: run python tokenizer.py train"):
+        load_pair(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"cannot read .*{name}"):
+        load_pair(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_mutated_files_load_the_truth_or_give_one_line(tmp_path, seed):
+    """300 files, bytes flipped, cut, doubled: no other exception, and what loads is what the pair says."""
+    rng = random.Random(seed)
+    save_pair(tmp_path, MERGES, VOCAB)
+    for name in ("merges.pkl", "vocab.pkl"):
+        original = (tmp_path / name).read_bytes()
+        for _ in range(15):
+            data = bytearray(original)
+            for _ in range(rng.randint(1, 4)):
+                at = rng.randrange(len(data))
+                data[at:at + rng.choice([1, 1, 1, 5])] = rng.randbytes(rng.choice([0, 1, 1, 1, 3]))
+            (tmp_path / name).write_bytes(data)
+            try:
+                merges, vocab, _ = load_pair(tmp_path)
+                assert vocab == spell(merges)
+            except ValueError as error:
+                assert str(tmp_path) in str(error) and "\n" not in str(error)
+        (tmp_path / name).write_bytes(original)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_others_load(tmp_path, protocol):
+    for optimize in (bytes, pickletools.optimize):
+        (tmp_path / "merges.pkl").write_bytes(optimize(pickle.dumps(MERGES, protocol)))
+        (tmp_path / "vocab.pkl").write_bytes(optimize(pickle.dumps(VOCAB, max(protocol, 3))))  # 2 has no bytes
+        assert load_pair(tmp_path)[:2] == (MERGES, VOCAB)
+
+
+# ------------------------------------------------------------------------------- written whole or not at all
+
+OLD, NEW, NEXT = {(97, 98): 256}, {(120, 121): 256, (256, 122): 257}, {(32, 32): 256}
+
+
+def save_killed_at(step, folder, merges):
+    """Saves in a process that dies before the step-th line that writes; False if it lives to the end."""
+    child = os.fork()
+    if child == 0:
+        steps = iter(range(step))
+
+        def trace(frame, event, argument):
+            if frame.f_code.co_name in ("save_pair", "atomic_write", "sync_folder"):
+                if next(steps, None) is None:
+                    os._exit(9)
+                return trace
+
+        sys.settrace(trace)
+        save_pair(folder, merges, spell(merges))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def is_mixed(folder):
+    merges, vocab = (pickle.loads((folder / name).read_bytes()) for name in ("merges.pkl", "vocab.pkl"))
+    return spell(merges) != vocab
+
+
+def strays(folder):
+    return [path.name for path in folder.iterdir() if path.name not in ("merges.pkl", "vocab.pkl")]
+
+
+def test_killed_before_any_line_of_a_save_the_old_pair_or_the_new_is_there(tmp_path):
+    found, mixed = [], []
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        save_pair(folder, OLD, spell(OLD))
+        if not save_killed_at(step, folder, NEW):
+            break
+        found.append(load_pair(folder)[0])
+        if is_mixed(folder):
+            mixed.append(folder)
+    assert found == [OLD] * found.count(OLD) + [NEW] * found.count(NEW) and OLD in found and NEW in found
+    assert mixed, "a kill between the two renames was among them"
+    for step in itertools.count():  # and the save after that one, killed as well
+        folder = tmp_path / f"again {step}"
+        shutil.copytree(mixed[0], folder)
+        if not save_killed_at(step, folder, NEXT):
+            break
+        assert load_pair(folder)[0] in (NEW, NEXT)
+    assert load_pair(folder)[0] == NEXT and not is_mixed(folder) and not strays(folder)
+
+
+def test_a_first_save_that_is_killed_leaves_nothing_or_the_pair(tmp_path):
+    found = []
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        if not save_killed_at(step, folder, NEW):
+            break
+        try:
+            found.append(load_pair(folder)[0])
+        except ValueError as error:
+            assert "there is no tokenizer in" in str(error)
+    assert found and all(merges == NEW for merges in found) and len(found) < step
+
+
+def test_kill_9_at_random_instants(tmp_path):
+    """Two tokenizers saved in turn, over and over, by a process that is killed 15 times."""
+    pairs = [{(new - 256 + shift, 97): new for new in range(256, 500)} for shift in (0, 1)]
+    program = ("import sys; from pathlib import Path; from tokenizer import save_pair, spell\n"
+               f"for merges in {pairs} * 100_000:\n    save_pair(Path(sys.argv[1]), merges, spell(merges))\n")
+    seen = []
+    for _ in range(15):
+        process = subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=ROOT)
+        while not (tmp_path / "merges.pkl").exists():
+            time.sleep(0.01)
+        time.sleep(random.uniform(0.15, 0.3))
+        process.kill()
+        process.wait()
+        seen.append(pairs.index(load_pair(tmp_path)[0]))
+        assert len(strays(tmp_path)) <= 2
+    save_pair(tmp_path, OLD, spell(OLD))
+    assert not strays(tmp_path)
+
+
+def test_loading_while_another_process_saves(tmp_path):
+    pairs = [{(new - 256 + shift, 97): new for new in range(256, 300)} for shift in (0, 1)]
+    program = ("import sys; from pathlib import Path; from tokenizer import save_pair, spell\n"
+               f"for merges in {pairs} * 100_000:\n    save_pair(Path(sys.argv[1]), merges, spell(merges))\n")
+    save_pair(tmp_path, pairs[0], spell(pairs[0]))
+    process = subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=ROOT)
+    try:
+        seen = {pairs.index(load_pair(tmp_path)[0]) for _ in range(300)}
+    finally:
+        process.kill()
+        process.wait()
+    assert seen == {0, 1}
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "new folder" / "file"
+    with atomic_write(path) as file:
+        file.write(b"old")
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_write(path) as file:
+            file.write(b"half of the new")
+            raise error
+        assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError, match="cannot write .*file: Is a directory"), atomic_write(tmp_path / "file"):
+        pass
+    (tmp_path / "text").touch()
+    with pytest.raises(OSError, match="cannot write .*merges.pkl: (Not a directory|File exists)"):
+        save_pair(tmp_path / "text", OLD, spell(OLD))
+    if Path("/dev/full").exists():
+        (tmp_path / ".full.tmp").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="cannot write .*full: No space left on device"):
+            with atomic_write(tmp_path / "full") as file:
+                file.write(b"x")
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, ROOT / "tokenizer.py", *arguments], capture_output=True, timeout=60, **options)
+
+
+def test_commands_are_filters_of_pure_data(small):
+    folder = ["--out_dir", small.out_dir]
+    text = "the thing\n".encode() + b"\xff\n"
+    encoded = run("encode", *folder, input=text)
+    assert encoded.stdout.split() == [b"%d" % token for token in small.encode_array(text)]
+    assert b"compression ratio" in encoded.stderr
+    assert run("decode", *folder, input=encoded.stdout).stdout == text
+    assert run("decode", *folder, *encoded.stdout.split()).stdout == text
+    assert run("encode", *folder, b"caf\xe9").stdout.split()[-1] == b"233"
+    shown = run("show", *folder, "the\x1b é\n").stdout.decode()
+    tokens = small.encode_array("the\x1b é\n").tolist()
+    assert shown.count("[") == len(tokens) and "\x1b" not in shown and "\\x1b" in shown
+    listed = run("vocab", *folder, "--data_path", small.data_path).stdout.decode().splitlines()
+    counts = np.bincount(small.encode_array(read_text(small.data_path)), minlength=260)
+    assert [int(line.split()[0]) for line in listed[1:]] == [256, 257, 258, 259]
+    assert all(f" {counts[token]}  [" in line for token, line in zip(range(256, 260), listed[1:]))
+
+
+def test_train_on_the_command_line(small, tmp_path):
+    out = tmp_path / "made" / "here"
+    done = run("train", "--data_path", small.data_path, "--vocab_size", "260", "--out_dir", out, "--verbose")
+    assert done.returncode == 0 and done.stdout.count(b"occurrences") == 4
+    assert BasicTokenizer(out_dir=out).merges == small.merges
+
+
+@pytest.mark.parametrize("arguments, status, message", [
+    ([], 2, "the following arguments are required: COMMAND"),
+    (["dance"], 2, "invalid choice: 'dance'"),
+    (["train", "--vocab_size", "255"], 2, "argument --vocab_size: must be from 256"),
+    (["train", "--vocab_size", "many"], 2, "argument --vocab_size: invalid int value: 'many'"),
+    (["train", "--data_path", "none.txt"], 1, "no text at none.txt: run python data/prepare.py, or pass --data_path"),
+    (["train", "--data_path", "."], 1, "cannot read .: Is a directory"),
+    (["train", "--data_path", "text.txt", "--vocab_size", "9999"], 1, "vocab_size can be"),
+    (["train", "--data_path", "text.txt", "--vocab_size", "260", "--out_dir", "text.txt"], 1, "cannot write text.txt"),
+    (["encode", "a", "--out_dir", "none"], 1, "there is no tokenizer in none: run python tokenizer.py train"),
+    (["decode", "65", "999", "--out_dir", "."], 1, "there is no token 999: the ids are 0 to 259"),
+    (["decode", "65", "x", "--out_dir", "."], 1, "'x' is not a token id"),
+    (["decode", "\u00b2", "--out_dir", "."], 1, "'\u00b2' is not a token id"),
+    (["vocab", "--out_dir", ".", "--data_path", "merges.pkl"], 1, "merges.pkl is"),
+])
+def test_mistakes_are_one_line(small, arguments, status, message):
+    done = run(*arguments, cwd=small.out_dir, text=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == status and message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert status == 2 or len(done.stderr.splitlines()) == 1
+
+
+def test_a_closed_pipe_is_no_error(small):
+    (small.out_dir / "long.txt").write_bytes(bytes(range(1, 128)) * 20_000)
+    process = subprocess.Popen([sys.executable, ROOT / "tokenizer.py", "encode", "--out_dir", small.out_dir],
+                               stdin=open(small.out_dir / "long.txt"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert b"Error" not in process.stderr.read()
+    assert process.wait() == 0
+
+
+def test_the_tokenizer_needs_no_torch():
+    program = "import sys, tokenizer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
