@@ -10,9 +10,10 @@ Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = n_embd /
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -257,6 +258,51 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0
     return (cdf <= uniform[:, None] * cdf[:, -1:] * (1 - 2**-22)).sum(-1)
 
 
+def split(tokens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first nine tenths of the tokens, to train on, and the rest, to validate on.
+
+    Raises ValueError if the rest is shorter than a window and the token after it.
+    """
+    n = int(0.9 * len(tokens))
+    if len(tokens) - n <= block_size:
+        raise ValueError(f"the text is too short: its last tenth, kept for validation, has {len(tokens) - n} tokens and must have "
+                         f"more than block_size ({block_size}): use a longer text or a smaller --block_size")
+    return tokens[:n], tokens[n:]
+
+
+def windows(data: torch.Tensor, starts: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of `data` (N,) that begin at `starts` (B,), and the token after each of theirs: two (B, T) int64."""
+    tokens = data[starts[:, None] + torch.arange(block_size + 1, device=data.device)].long()
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def side_by_side(data: torch.Tensor, block_size: int, count: int | None = None) -> torch.Tensor:
+    """Where the windows that tile `data` (N,) begin, or `count` of these, evenly spread. (count,) int64 on data's device."""
+    tiles = (len(data) - 1) // block_size
+    return torch.linspace(0, tiles - 1, count or tiles, dtype=torch.float64).long().to(data.device) * block_size
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, data: torch.Tensor, starts: torch.Tensor) -> float:
+    """Loss over the windows of `data` (N,) that begin at `starts` (B,), in nats per token, without dropout."""
+    training = model.training
+    model.eval()
+    total = torch.zeros((), device=data.device)
+    for part in starts.split(64):
+        total += model(*windows(data, part, model.config.block_size))[1] * len(part)
+    model.train(training)
+    return total.item() / len(starts)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for, or the fastest there is for `auto`. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind, ok in there.items() if ok) if name == "auto" else name.split(":")[0]
+    if not there.get(kind):
+        raise ValueError(f"--device {name}: not on this machine, which has {', '.join(kind for kind, ok in there.items() if ok)}")
+    return torch.device(kind if name == "auto" else name)
+
+
 class Int8Linear(nn.Module):
     """nn.Linear with int8 weights, one scale for each output channel; it quantizes its input, too, each time it is called.
 
@@ -271,6 +317,7 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore")  # quantized tensors are marked deprecated; they work up to PyTorch 2.13 at least
             weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
         self.packed = torch.ops.quantized.linear_prepack(weight, bias)  # the layout its kernel wants
+        self.memory_bytes = weight.numel() + 4 * len(scale) * (1 if bias is None else 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.quantized.linear_dynamic(x, self.packed)
@@ -355,6 +402,8 @@ def load_model(path: Path, fingerprint: str | None = None) -> tuple[GPT, dict]:
     weights = checkpoint.pop("model")
     try:
         config = GPTConfig(**checkpoint["config"])
+        if not all(w.dtype == torch.int8 or w.dtype == torch.float32 and w.isfinite().all() for w in weights.values()):
+            raise ValueError("weights that are not finite numbers")
         with torch.device("meta"):  # allocates nothing, so that a config cannot ask for more than the file holds
             model = GPT(config)
         if checkpoint.get("int8"):

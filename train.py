@@ -31,11 +31,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
+from model import (GPT, GPTConfig, choose_device, load_checkpoint, load_model, mean_loss, save_checkpoint, side_by_side,
+                   split, windows)
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, atomic_write, read_text
 
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
-EVAL_BATCH = 64  # windows evaluated at once
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -52,41 +52,12 @@ def load_tokenizer(out_dir: Path, data_path: Path, vocab_size: int) -> BasicToke
     return tokenizer
 
 
-def split(tokens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first nine tenths of the tokens, and the rest. Raises ValueError if the rest is shorter than a window."""
-    n = int(0.9 * len(tokens))
-    if len(tokens) - n <= block_size:
-        raise ValueError(f"the text is too short: its last tenth, for validation, has {len(tokens) - n} tokens and must have more "
-                         f"than block_size ({block_size}): use a longer text or a smaller --block_size")
-    return tokens[:n], tokens[n:]
-
-
-def windows(data: torch.Tensor, starts: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The windows of `data` (N,) that begin at `starts` (B,), and the token after each of theirs: two (B, T) int64."""
-    tokens = data[starts[:, None] + torch.arange(block_size + 1, device=data.device)].long()
-    return tokens[:, :-1], tokens[:, 1:]
-
-
 def characters(tokenizer: BasicTokenizer, tokens: np.ndarray) -> int:
     """How many characters the tokens spell; bytes that continue a UTF-8 character do not count."""
     return sum(byte & 0xC0 != 0x80 for byte in tokenizer.decode_bytes(tokens))
 
 
-def evaluation_starts(n: int, count: int, block_size: int) -> torch.Tensor:
-    """Where `count` windows, spread evenly and not overlapping, begin in n tokens. (count,) int64."""
-    return torch.linspace(0, (n - 1) // block_size - 1, count).long() * block_size
-
-
 # ------------------------------------------------------------------------------------------------------------ training
-
-def choose_device(name: str) -> torch.device:
-    """The device asked for, or the fastest there is for `auto`. Raises ValueError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k, ok in there.items() if ok) if name == "auto" else name.split(":")[0]
-    if not there.get(kind):
-        raise ValueError(f"--device {name}: there is no such device here; there is {', '.join(k for k, ok in there.items() if ok)}")
-    return torch.device(kind if name == "auto" else name)
-
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number format asked for; `auto` is bfloat16 on GPUs that have it in hardware, else float16 there, float32 elsewhere."""
@@ -272,9 +243,8 @@ class Trainer:
         self.tokenizer, self.text_hash = tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest()
         self.tokens_per_char = {"train": len(train) / characters(tokenizer, train), "val": len(val) / characters(tokenizer, val)}
         self.data = {name: torch.from_numpy(part.astype(np.int32)).to(self.device) for name, part in (("train", train), ("val", val))}
-        n_windows = (len(val) - 1) // args.block_size
-        self.starts = {"train": evaluation_starts(len(train), n_windows, args.block_size),
-                       "val": evaluation_starts(len(val), n_windows, args.block_size)}
+        self.starts = {"val": side_by_side(self.data["val"], args.block_size)}
+        self.starts["train"] = side_by_side(self.data["train"], args.block_size, len(self.starts["val"]))
 
     def restore(self, last: dict) -> None:
         """Goes on exactly where `last` was saved. Raises ValueError if it was another network or another text."""
@@ -385,21 +355,15 @@ class Trainer:
         return (f"iteration {self.iteration}: train loss {loss['train']:.4f}, val loss {loss['val']:.4f} nats per token "
                 f"({per_char['train']:.4f}, {per_char['val']:.4f} per character)")
 
-    @torch.no_grad()
     def mean_loss(self, name: str) -> float:
         """Mean loss, in nats per token, over the evaluation windows of a split or, with --eval_iters, over random batches."""
-        args, data = self.args, self.data[name]
+        args, data, starts = self.args, self.data[name], self.starts[name]
         if args.eval_iters:
             draw = torch.Generator().manual_seed(args.seed + self.iteration)  # of its own: evaluating must not change the training
-            starts = torch.randint(len(data) - args.block_size, (args.eval_iters * args.batch_size,), generator=draw)
-        else:
-            starts = self.starts[name]
-        self.model.eval()
-        total = torch.zeros((), device=self.device)
-        for part in starts[self.rank::self.world_size].to(self.device).split(EVAL_BATCH):
-            with self.autocast:
-                total += self.model(*windows(data, part, args.block_size))[1] * len(part)
-        self.model.train()
+            starts = torch.randint(len(data) - args.block_size, (args.eval_iters * args.batch_size,), generator=draw).to(self.device)
+        mine = starts[self.rank::self.world_size]
+        with self.autocast:
+            total = torch.tensor(mean_loss(self.model, data, mine) * len(mine) if len(mine) else 0.0, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.item() / len(starts)
@@ -413,7 +377,7 @@ class Trainer:
         hooks = [block.ffwd.relu.register_forward_hook(lambda module, inputs, output: outputs.append(output))
                  for block in self.model.blocks]
         self.model.eval()
-        loss = self.model(*windows(self.data["train"], self.starts["train"][:EVAL_BATCH].to(self.device), self.args.block_size))[1]
+        loss = self.model(*windows(self.data["train"], self.starts["train"][:64], self.args.block_size))[1]
         gradients = torch.autograd.grad(loss, outputs)
         self.model.train()
         for hook in hooks:

@@ -1,0 +1,132 @@
+"""
+Samples text from a trained network.
+
+    python generate.py                                          # 500 tokens, starting from a line end
+    python generate.py --prompt "ROMEO:" --temperature 0.8 --top_p 0.95
+    python generate.py --num_samples 64 --max_new_tokens 200 --out samples.txt
+    echo "To be" | python generate.py --prompt_file -
+
+The text may be longer than the network's context (block_size, 256 tokens as published). Whenever that is full, the
+network reads its more recent half once more and goes on from there.
+"""
+import argparse
+import codecs
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from model import choose_device, load_model
+from tokenizer import CHECKPOINTS, BasicTokenizer, atomic_write
+
+
+def read_prompt(args: argparse.Namespace) -> str | bytes:
+    """The prompt from the command line, a file, or standard input (`-`); its bytes need not be text."""
+    if args.prompt_file is None:
+        return args.prompt
+    if str(args.prompt_file) == "-":
+        return sys.stdin.buffer.read()
+    return args.prompt_file.read_bytes()
+
+
+def write_stream(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prompt: list[int], file: BinaryIO) -> int:
+    """Writes the prompt, then each token as it comes, never half a character. Returns how many tokens came."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    file.write(decoder.decode(tokenizer.decode_bytes(prompt)).encode())
+    count = 0
+    try:
+        for count, token in enumerate(tokens, 1):
+            file.write(decoder.decode(tokenizer.decode_bytes(token.tolist())).encode())
+            file.flush()
+    except KeyboardInterrupt:  # what there is stays
+        pass
+    file.write(decoder.decode(b"", final=True).encode() + b"\n")
+    return count
+
+
+def write_samples(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prompt: list[int], number: int, file: BinaryIO) -> int:
+    """Writes all samples, one after the other, when they are done. Returns how many tokens came."""
+    steps = []
+    try:
+        for token in tokens:
+            steps.append(token.tolist())
+    except KeyboardInterrupt:  # what there is is written
+        pass
+    for i in range(number):
+        text = tokenizer.decode(prompt + [step[i] for step in steps])
+        file.write(f"--- sample {i + 1} of {number} ---\n{text}\n".encode())
+    return len(steps) * number
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a line end)")
+    parser.add_argument("--prompt_file", type=Path, help="file with the text to continue; - for standard input")
+    parser.add_argument("--max_new_tokens", type=int, default=500, metavar="N", help="tokens to sample (default 500)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X",
+                        help="below 1 plays safe, above 1 takes risks, 0 always takes the likeliest token (default 1.0)")
+    parser.add_argument("--top_k", type=int, metavar="N", help="sample among the N likeliest tokens only (default: all)")
+    parser.add_argument("--top_p", type=float, metavar="X",
+                        help="sample among the likeliest tokens that have probability X together (default: all)")
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts to sample side by side (default 1)")
+    parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: another each time)")
+    parser.add_argument("--out_dir", type=Path, help="folder of the run (default checkpoints/)")
+    parser.add_argument("--checkpoint", type=Path, help="weights to use, float or int8 (default: model.pt in --out_dir)")
+    parser.add_argument("--out", type=Path, help="file to write to (default: the terminal)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
+    args = parser.parse_args()
+    for name, value, ok, rule in (
+            ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
+            ("temperature", args.temperature, 0 <= args.temperature < float("inf"), "at least 0"),
+            ("top_k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
+            ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "more than 0 and at most 1"),
+            ("num_samples", args.num_samples, args.num_samples >= 1, "at least 1"),
+            ("seed", args.seed, args.seed is None or args.seed >= 0, "at least 0")):
+        if not ok:
+            parser.error(f"--{name} must be {rule}, not {value}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else CHECKPOINTS)
+    device = choose_device(args.device)
+    prompt = read_prompt(args)
+    tokenizer = BasicTokenizer(out_dir=out_dir)
+    model, checkpoint = load_model(args.checkpoint or out_dir / "model.pt", tokenizer.fingerprint)
+    if checkpoint.get("int8") and device.type != "cpu":
+        print("int8 weights run on the CPU: not using the GPU", file=sys.stderr)
+        device = torch.device("cpu")
+    model.to(device)
+
+    ids = tokenizer.encode_array(prompt or "\n").tolist()
+    if len(ids) > model.config.block_size:
+        print(f"the prompt has {len(ids)} tokens: only the last {model.config.block_size} count", file=sys.stderr)
+    idx = torch.tensor([ids], device=device).expand(args.num_samples, -1)
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    tokens = model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, seed)
+
+    started = time.perf_counter()
+    with atomic_write(args.out) if args.out else nullcontext(sys.stdout.buffer) as file:
+        if args.num_samples == 1:
+            count = write_stream(tokens, tokenizer, ids, file)
+        else:
+            count = write_samples(tokens, tokenizer, ids, args.num_samples, file)
+        file.flush()
+    seconds = time.perf_counter() - started
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens a second", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        sys.exit(f"generate.py: {error}")
