@@ -179,12 +179,12 @@ def draw_loss(metrics):
     axes.plot(iteration, metrics["train_loss"], color=TRAIN_COLOR, label="train", **line_style(metrics))
     axes.plot(iteration, val, color=VAL_COLOR, label="validation", **line_style(metrics))
     if same_text_and_tokenizer(metrics):
-        reached = np.searchsorted(REFERENCE_ITERATION, iteration[-1]) + 1  # up to the first point past our end
-        thin = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 4, "alpha": 0.75}
-        x = REFERENCE_ITERATION[:reached]
-        axes.plot(x, REFERENCE_TRAIN[:reached], color=TRAIN_COLOR, label="train, published run", **thin)
-        axes.plot(x, REFERENCE_VAL[:reached], color=VAL_COLOR, **thin,
-                  label=f"validation, published run, best: {REFERENCE_VAL[:reached].min():.4f}")
+        end = max(1, np.searchsorted(REFERENCE_ITERATION, iteration[-1]))  # its first point at or past our end
+        shown = slice(1, end + 1)  # from 500: a straight line from 0 to there would be far above what it really did
+        thin = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 5, "alpha": 0.75}
+        x, train, best = REFERENCE_ITERATION[shown], REFERENCE_TRAIN[shown], REFERENCE_VAL[shown].min()
+        axes.plot(x, train, color=TRAIN_COLOR, label="train, published run", **thin)
+        axes.plot(x, REFERENCE_VAL[shown], color=VAL_COLOR, label=f"validation, published run: best {best:.4f}", **thin)
     axes.set(yscale="log", ylabel="loss, nats per token")  # logarithmic, or the first drop would flatten all the rest
     loss_ticks(axes.yaxis)
 
@@ -194,7 +194,7 @@ def draw_loss(metrics):
         title = (f"Best validation loss: {val[best] / per_token:.4f} nats per character, "
                  f"at iteration {iteration[best]:,.0f}")
         axes.plot(iteration[best], val[best], "*", color=VAL_COLOR, markersize=15, markeredgecolor="white", zorder=5,
-                  label=f"best: {val[best]:.4f} nats per token")
+                  label=f"validation: best {val[best]:.4f}")
         right = axes.secondary_yaxis("right", functions=(lambda y: y / per_token, lambda y: y * per_token))
         right.set_ylabel("nats per character")
         loss_ticks(right.yaxis)
@@ -231,10 +231,10 @@ def draw_relu_training(metrics):
     upper.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
     layer, row = np.unravel_index(dead.argmax(), dead.shape)
-    title = "Do ReLUs die? Not here: every unit fired in every evaluation"
+    title = "Dead ReLUs: none, every unit fired in every evaluation"
     if dead.any():
-        title = (f"Do ReLUs die? At worst, {dead.max():.1%} of a layer's units were dead "
-                 f"(layer {layer + 1}, iteration {iteration[row]:,.0f})")
+        title = (f"Dead ReLUs: at worst {dead.max():.1%} of a layer (layer {layer + 1}, iteration {iteration[row]:,.0f}), "
+                 f"at the end {dead[:, -1].max():.1%}")
     headline(figure, upper, title, "Share of outputs that are exactly zero: a unit fires for some tokens only.")
     lower.set_title("Share of dead units: those that fire for no token of the batch, and so learn nothing from it.")
     top = max(0.01, 1.1 * dead.max())

@@ -122,9 +122,9 @@ def test_the_loss_picture_names_the_best_evaluation(svg):
     best = min(make_rows(), key=lambda row: row["val_loss"])
     nats = f"{best['val_nats_per_char']:.4f}"
     assert f"Best validation loss: {nats} nats per character, at iteration 4,000" in svg["loss"]
-    assert f"best: {best['val_loss']:.4f} nats per token" in svg["loss"]
+    assert f"validation: best {best['val_loss']:.4f}" in svg["loss"]
     for label in ["train", "validation", "iteration", "loss, nats per token", "nats per character", "learning",
-                  "million tokens seen (passes over the training text)", "validation, published run, best: 2.9428"]:
+                  "million tokens seen (passes over the training text)", "validation, published run: best 2.9428"]:
         assert f"\n{label}\n" in svg["loss"]
 
 
@@ -145,7 +145,7 @@ def test_the_tables_beside_the_histograms_hold_the_figures_of_the_last_evaluatio
 
 
 def test_the_worst_share_of_dead_units_is_told(svg):
-    assert "At worst, 5.0% of a layer's units were dead (layer 2, iteration 4,999)" in svg["relu_training"]
+    assert "at worst 5.0% of a layer (layer 2, iteration 4,999), at the end 5.0%" in svg["relu_training"]
 
 
 def test_where_no_unit_died_it_says_so(run, draw):
@@ -314,3 +314,10 @@ def test_no_network_library_is_loaded():
     code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import plots; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_the_published_curve_shows_only_what_was_measured(run):
+    """No line from its first loss, at iteration 0, to its second, at 500: it would hide how fast that run fell."""
+    lines = plots.draw_loss(plots.read_metrics(run / "metrics.csv")).axes[0].lines
+    published = [line.get_xdata() for line in lines if line.get_linestyle() == "--"]
+    assert [list(x) for x in published] == [[500, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 4999]] * 2
