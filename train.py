@@ -333,6 +333,8 @@ class Trainer:
         """Measures losses and ReLUs, adds a row to the metrics, keeps the weights if they are the best. Returns a line to print."""
         args, speed = self.args, self.tokens_per_second()
         loss = {name: self.mean_loss(name) for name in ("train", "val")}
+        if not math.isfinite(loss["val"]):
+            raise ValueError(self.not_finite("validation loss"))
         per_char = {name: loss[name] * self.tokens_per_char[name] for name in loss}
         relus, histograms = self.inspect_relus()
         tokens_seen = self.iteration * args.batch_size * args.block_size
@@ -343,8 +345,6 @@ class Trainer:
             "learning_rate": learning_rate(self.iteration, args),
             "grad_norm": self.grad_norm.item(),
             "tokens_per_second": speed, "seconds": time.monotonic() - self.started, **relus})
-        if not math.isfinite(loss["val"]):
-            raise ValueError(self.not_finite("validation loss"))
         if self.master:
             save_metrics(args.out_dir, self.metrics, histograms)
         if loss["val"] < self.best:

@@ -1,0 +1,307 @@
+"""Training: it learns, it resumes bit for bit, it follows the same curve on two processes, and it loses nothing."""
+import csv
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, complaint, run
+
+from model import GPT, GPTConfig, load_checkpoint
+from train import learning_rate, parse_args
+
+
+def train(folder, text, *args, **options):
+    return run("train.py", *TINY, "--data_path", text, "--out_dir", folder, *args, **options)
+
+
+def metrics(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def losses(folder):
+    return {row["iteration"]: (row["train_loss"], row["val_loss"]) for row in metrics(folder)}
+
+
+def same_weights(a, b):
+    a, b = (load_checkpoint(folder / "last.pt")["model"] for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# what a run leaves
+
+def test_a_run_learns_and_leaves_what_the_other_scripts_need(finished_run):
+    rows = metrics(finished_run)
+    assert [row["iteration"] for row in rows] == [0, 20, 40, 60]
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 1
+    assert rows[-1]["tokens_seen"] == 60 * 4 * 16 and rows[-1]["tokens_per_second"] > 0 and rows[-1]["grad_norm"] > 0
+    for row in rows:
+        for layer in 1, 2:
+            assert 0 <= row[f"relu{layer}_dead"] <= row[f"relu{layer}_zeros"] <= 1
+            assert row[f"relu{layer}_std"] > 0 and row[f"relu{layer}_grad_std"] > 0
+    files = {path.name for path in finished_run.iterdir()}
+    assert files >= {"merges.pkl", "vocab.pkl", "model.pt", "last.pt", "metrics.csv", "histograms.npz"}
+    assert not [name for name in files if name.endswith(".tmp")]
+
+
+def test_the_histograms_count_every_output(finished_run):
+    rows, batch = metrics(finished_run), 64  # windows that are looked at
+    with np.load(finished_run / "histograms.npz", allow_pickle=False) as histograms:
+        assert histograms["iteration"] == 60 and histograms["relu_edges"].shape == (2, 101)
+        windows = min(batch, histograms["relu_counts"][0].sum() // (16 * 64))
+        assert (histograms["relu_counts"].sum(1) == windows * 16 * 64).all() and windows > 1
+        zeros = histograms["relu_counts"][:, 0] / histograms["relu_counts"].sum(1)
+    assert zeros[0] >= rows[-1]["relu1_zeros"]
+
+
+def test_it_prints_nats_per_token_and_per_character_and_a_sample(finished_run):
+    printed = (finished_run / "stdout.txt").read_text()
+    row = metrics(finished_run)[-1]
+    assert f"val loss {row['val_loss']:.4f} nats per token" in printed and f"{row['val_nats_per_char']:.4f} per character" in printed
+    assert "a sample" in printed and str(finished_run) in printed
+
+
+def test_characters_are_characters_not_bytes(finished_run, tiny_text):
+    from tokenizer import BasicTokenizer
+    tokenizer, text = BasicTokenizer(out_dir=finished_run), tiny_text.read_text(encoding="utf-8")
+    tokens = tokenizer.encode_array(text)
+    val = tokens[int(0.9 * len(tokens)):]
+    row = metrics(finished_run)[-1]
+    assert row["val_nats_per_char"] == pytest.approx(row["val_loss"] * len(val) / len(tokenizer.decode(val.tolist())), rel=1e-3)
+
+
+def test_model_pt_holds_the_best_weights_and_no_optimizer(finished_run):
+    best = min(metrics(finished_run), key=lambda row: row["val_loss"])
+    checkpoint = torch.load(finished_run / "model.pt", weights_only=True)
+    assert checkpoint["iteration"] == best["iteration"] and checkpoint["val_loss"] == best["val_loss"]
+    assert "optimizer" not in checkpoint
+    GPT(GPTConfig(**checkpoint["config"])).load_state_dict(checkpoint["model"])
+
+
+# resuming
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tiny_text, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tmp_path / name, tiny_text, "--max_iters", 6, "--eval_interval", 3, "--seed", seed)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("flags", [[], ["--warmup_iters", "5", "--lr_decay_iters", "30", "--grad_clip", "0.5", "--eval_iters", "2",
+                                         "--gradient_accumulation_steps", "2"]], ids=["published", "schedule"])
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one(tiny_text, tmp_path, flags):
+    train(tmp_path / "unbroken", tiny_text, "--max_iters", 30, "--eval_interval", 10, *flags)
+    train(tmp_path / "stopped", tiny_text, "--max_iters", 10, "--eval_interval", 10, *flags)
+    resumed = run("train.py", "--resume", "--out_dir", tmp_path / "stopped", "--max_iters", 30)  # the other flags are kept
+    assert "note: --max_iters was 10 when this run was saved and is 30 from here on" in resumed.stdout, resumed.stderr
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
+    assert same_weights(tmp_path / "stopped", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tiny_text, tmp_path, number):
+    command = [sys.executable, "train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path / "run", "--max_iters", "200",
+               "--eval_interval", "100"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and not err
+    assert f"go on with: python train.py --resume --out_dir {tmp_path / 'run'}" in out
+    assert run("train.py", "--resume", "--out_dir", tmp_path / "run").returncode == 0
+    train(tmp_path / "unbroken", tiny_text, "--max_iters", 200, "--eval_interval", 100)
+    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken") and same_weights(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_killed_ten_times_it_ends_where_an_unbroken_run_ends(tiny_text, tmp_path):
+    flags = ["--max_iters", "400", "--eval_interval", "20"]
+    train(tmp_path / "unbroken", tiny_text, *flags)
+    chance, kills = random.Random(0), 0
+    while True:
+        again = ["--resume"] if (tmp_path / "run" / "last.pt").exists() else []
+        process = subprocess.Popen([sys.executable, "train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path / "run", *flags,
+                                    *again], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if kills == 10:
+            assert process.wait(timeout=120) == 0, process.stderr.read()
+            break
+        before = (tmp_path / "run" / "last.pt").stat().st_mtime_ns if again else 0
+        while not (tmp_path / "run" / "last.pt").exists() or (tmp_path / "run" / "last.pt").stat().st_mtime_ns == before:
+            time.sleep(0.01)
+            assert process.poll() is None or not process.returncode, process.stderr.read()
+            if process.poll() == 0:
+                break
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        kills += 1
+    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken") and same_weights(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(p.read_bytes()[:5000]), lambda p: p.write_bytes(b""), lambda p: p.unlink()])
+def test_a_damaged_last_pt_is_noticed_and_its_predecessor_used(tiny_run, damage):
+    damage(tiny_run / "last.pt")
+    process = run("train.py", "--resume", "--out_dir", tiny_run)
+    assert process.returncode == 0, process.stderr
+    assert losses(tiny_run)[60] and load_checkpoint(tiny_run / "last.pt")["iteration"] == 60
+    if "last.pt is not a checkpoint" in process.stderr:
+        assert f"going on from {tiny_run / 'last.pt.old'}, iteration 40" in process.stderr
+
+
+def test_resuming_another_network_or_text_is_refused(tiny_run, tmp_path):
+    assert "another network" in complaint(run("train.py", "--resume", "--out_dir", tiny_run, "--n_layer", 3))
+    (tmp_path / "other.txt").write_text("quite another text. " * 500)
+    assert "not those this run began with" in complaint(run("train.py", "--resume", "--out_dir", tiny_run, "--data_path", tmp_path / "other.txt"))
+    assert "nothing to resume" in complaint(run("train.py", "--resume", "--out_dir", tmp_path / "empty"))
+
+
+def test_a_new_run_moves_the_earlier_one_aside(tiny_run, tiny_text):
+    before = (tiny_run / "model.pt").read_bytes()
+    process = train(tiny_run, tiny_text, "--max_iters", 2)
+    assert process.returncode == 0 and "moved the earlier run to" in process.stdout
+    assert (tiny_run / "earlier-1" / "model.pt").read_bytes() == before and (tiny_run / "earlier-1" / "merges.pkl").exists()
+    assert [row["iteration"] for row in metrics(tiny_run)] == [0, 2]
+
+
+# what can go wrong
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny_text, tmp_path):
+    first = subprocess.Popen([sys.executable, "train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path, "--max_iters", "100000"],
+                             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "last.pt").exists():
+            time.sleep(0.05)
+        assert "another training is running in" in complaint(train(tmp_path, tiny_text))
+        assert "another training is running in" in complaint(run("train.py", "--resume", "--out_dir", tmp_path))
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_text, tmp_path):
+    line = complaint(train(tmp_path, tiny_text, "--learning_rate", "1e30", "--max_iters", 50))
+    assert "not a finite number" in line and "--learning_rate" in line
+    weights = load_checkpoint(tmp_path / "last.pt")["model"].values()
+    assert all(tensor.isfinite().all() for tensor in weights)
+
+
+def test_a_full_disk_says_so_and_keeps_the_checkpoint(tiny_run):
+    before = {path.name: path.read_bytes() for path in tiny_run.iterdir() if path.suffix == ".pt"}
+
+    def limit():  # no file beyond 20 kB, which metrics fit into and weights do not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = run("train.py", "--resume", "--out_dir", tiny_run, "--max_iters", 80, preexec_fn=limit)
+    assert "cannot write" in complaint(process) and "too large" in complaint(process)
+    assert {path.name: path.read_bytes() for path in tiny_run.iterdir() if path.suffix == ".pt"} == before
+    assert run("train.py", "--resume", "--out_dir", tiny_run).returncode == 0
+
+
+def test_a_folder_that_cannot_be_written_says_so(tiny_text, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in complaint(train(tmp_path / "file", tiny_text))
+    assert str(tmp_path / "file") in complaint(train(tmp_path / "file" / "sub", tiny_text))
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "there is no text at"), (b"", "empty"), (b"\x00\x01\x02" * 1000, "binary"), ("caf\xe9 ".encode("latin-1") * 900, "Latin-1"),
+    (b"short", "vocab_size")])
+def test_a_text_that_cannot_be_trained_on_says_so(tmp_path, content, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert message in complaint(train(tmp_path / "run", path))
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_a_text_whose_validation_part_is_shorter_than_a_window_says_so(tiny_text, tmp_path):
+    assert "smaller --block_size" in complaint(train(tmp_path, tiny_text, "--block_size", 5000))
+
+
+def test_a_tokenizer_of_another_size_is_refused(tiny_run, tiny_text):
+    (tiny_run / "model.pt").unlink(), (tiny_run / "last.pt").unlink(), (tiny_run / "last.pt.old").unlink()
+    assert "has 300 tokens, not 301" in complaint(train(tiny_run, tiny_text, "--vocab_size", 301))
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--batch_size", "0"), ("--block_size", "-1"), ("--max_iters", "0"), ("--eval_interval", "0"), ("--learning_rate", "-1"), ("--n_head", "17"),
+    ("--dropout", "1"), ("--dropout", "nan"), ("--vocab_size", "255"), ("--n_layer", "x"), ("--beta2", "1"), ("--learning_rate", "inf"),
+    ("--grad_clip", "-0.1"), ("--seed", "-1"), ("--dtype", "int8"), ("--max_iterations", "5")])
+def test_a_flag_out_of_range_is_named(flag, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, flag, value])
+    with pytest.raises(SystemExit) as end:
+        parse_args()
+    assert end.value.code == 2 and flag in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(tiny_text, tmp_path):
+    assert "--device tpu" in complaint(train(tmp_path, tiny_text, "--device", "tpu"))
+
+
+def test_help_names_every_hyperparameter_of_the_published_table():
+    text = run("train.py", "--help").stdout
+    for name in ("batch_size", "block_size", "max_iters", "eval_interval", "eval_iters", "learning_rate", "n_embd", "n_head", "n_layer",
+                 "dropout", "vocab_size"):
+        assert f"--{name}" in text
+
+
+def test_the_defaults_are_the_published_hyperparameters(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    args, _ = parse_args()
+    assert (args.batch_size, args.block_size, args.max_iters, args.eval_interval, args.learning_rate) == (64, 256, 5000, 500, 3e-4)
+    assert (args.n_embd, args.n_head, args.n_layer, args.dropout, args.vocab_size) == (232, 6, 5, 0.2, 500)
+    assert {learning_rate(i, args) for i in (0, 10, 4999)} == {3e-4}
+
+
+def test_the_schedule_warms_up_and_follows_a_cosine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--warmup_iters", "10", "--lr_decay_iters", "110", "--learning_rate", "1", "--min_lr", "0.2"])
+    args, _ = parse_args()
+    assert learning_rate(0, args) == 0.1 and learning_rate(9, args) == 1.0 and learning_rate(60, args) == pytest.approx(0.6)
+    assert learning_rate(110, args) == learning_rate(5000, args) == pytest.approx(0.2)
+
+
+# more than one process
+
+def torchrun(processes, folder, text, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(ROOT / "train.py"),
+               *TINY, "--data_path", text, "--out_dir", folder, *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_follow_the_curve_of_one(tiny_text, tmp_path):
+    flags = ["--max_iters", "20", "--eval_interval", "1", "--dropout", "0", "--learning_rate", "1e-2"]
+    assert train(tmp_path / "one", tiny_text, *flags).returncode == 0
+    process = torchrun(2, tmp_path / "two", tiny_text, *flags)
+    assert process.returncode == 0, process.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 21 and one[20][1] < one[0][1] - 1
+    for iteration in one:
+        assert two[iteration] == pytest.approx(one[iteration], abs=1e-4)
+
+
+def test_two_processes_resume_bit_for_bit(tiny_text, tmp_path):
+    torchrun(2, tmp_path / "unbroken", tiny_text, "--max_iters", "20", "--eval_interval", "10")
+    torchrun(2, tmp_path / "stopped", tiny_text, "--max_iters", "10", "--eval_interval", "10")
+    process = torchrun(2, tmp_path / "stopped", tiny_text, "--max_iters", "20", "--resume")
+    assert process.returncode == 0, process.stderr
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken") and same_weights(tmp_path / "stopped", tmp_path / "unbroken")
+
+
+def test_an_interrupt_ends_all_processes_and_saves(tiny_text, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"), *TINY,
+               "--data_path", str(tiny_text), "--out_dir", str(tmp_path), "--max_iters", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "last.pt").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+    out, _ = process.communicate(timeout=60)
+    assert "stopped and saved at iteration" in out
+    assert load_checkpoint(tmp_path / "last.pt")["iteration"] > 0
