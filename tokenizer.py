@@ -26,7 +26,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE / "checkpoints"
 DEFAULT_TEXT = HERE / "data" / "input.txt"
-MERGES_FILE, VOCAB_FILE = "merges.pkl", "vocab.pkl"
+MERGES_FILE, VOCAB_FILE, WAITING_FILE = "merges.pkl", "vocab.pkl", ".merges.pkl.new"
 
 SHORT = 8192  # bytes up to which replacing in a string encodes faster than an index of the text
 BLOCK = 1 << 21  # bytes worked on at a time: bounds the memory, and stays in the processor's cache
@@ -223,12 +223,11 @@ class BasicTokenizer:
         data = read_text(self.data_path).encode()
         tokens = TokenSequence(data, self.vocab_size)
         merges, vocab = {}, spell({})
-        steps = tqdm(learn(tokens, self.vocab_size), "merges", self.vocab_size - 256, delay=1, leave=False)
-        for pair, new, count in steps:
+        total = self.vocab_size - 256
+        for pair, new, count in tqdm(learn(tokens, self.vocab_size), "merges", total, delay=1, leave=False, disable=None):
             merges[pair], vocab[new] = new, vocab[pair[0]] + vocab[pair[1]]
             if self.verbose:
-                tqdm.write(f"merge {len(merges)}/{self.vocab_size - 256}: {pair} -> {new} ({vocab[new]}) "
-                           f"had {count} occurrences")
+                tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) had {count} occurrences")
         save_pair(self.out_dir, merges, vocab)
         self._use(merges, vocab)
         print(f"compression ratio: {len(data) / len(tokens.ids()):.2f}X")
@@ -311,7 +310,7 @@ def atomic_write(path):
         OSError: the file cannot be written; the message names it.
     """
     path = Path(path)
-    temporary = temporary_of(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -321,16 +320,10 @@ def atomic_write(path):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if not error.strerror:  # it has its message, from an atomic_write within this one
-            raise
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def temporary_of(path):
-    return path.with_name(f".{path.name}.tmp")
 
 
 def sync_folder(folder):
@@ -369,18 +362,21 @@ def read_text(path):
 
 
 def save_pair(folder, merges, vocab):
-    """Writes merges.pkl and vocab.pkl so that, after a kill at any instant, `load_pair` finds the old pair or the new.
+    """Writes merges.pkl and vocab.pkl so that, killed at any instant, it leaves the old pair or the new to `load_pair`.
 
-    Two renames cannot be one. Between them the new vocabulary lies beside the old merges, and the new merges wait,
-    whole and on disk, in the temporary, where `load_pair` looks for them.
+    Two renames cannot be one. Between them the new vocabulary lies beside the old merges; but the new merges are
+    there too, in a third file where `load_pair` looks for them.
     """
-    with suppress(ValueError):  # a save killed there is finished first, as this one takes the temporary; else no matter
-        os.replace(load_pair(folder)[2], folder / MERGES_FILE)
-    with atomic_write(folder / MERGES_FILE) as merges_file, atomic_write(folder / VOCAB_FILE) as vocab_file:
-        pickle.dump(merges, merges_file)
-        pickle.dump(vocab, vocab_file)
-        merges_file.flush()
-        os.fsync(merges_file.fileno())
+    waiting = folder / WAITING_FILE
+    if waiting.exists():  # a save was cut short: if it was between its renames, it is finished first
+        with suppress(ValueError):
+            os.replace(load_pair(folder)[2], folder / MERGES_FILE)
+    with atomic_write(waiting) as file:
+        pickle.dump(merges, file)
+    with atomic_write(folder / VOCAB_FILE) as file:
+        pickle.dump(vocab, file)
+    os.replace(waiting, folder / MERGES_FILE)
+    sync_folder(folder)
 
 
 def load_pair(folder):
@@ -390,7 +386,7 @@ def load_pair(folder):
         ValueError: a file is missing or damaged, or the two do not belong together.
     """
     merges_path, vocab_path = folder / MERGES_FILE, folder / VOCAB_FILE
-    paths = [merges_path, temporary_of(merges_path), merges_path]  # again, in case a save has ended meanwhile
+    paths = [merges_path, folder / WAITING_FILE, merges_path]  # again, in case a save has ended meanwhile
     if not vocab_path.exists() or not any(path.exists() for path in paths):
         raise ValueError(f"there is no tokenizer in {folder}: run python tokenizer.py train")
     for path in paths:
@@ -423,6 +419,11 @@ def read_merges(path):
     return merges
 
 
+PICKLED_VALUES = {"INT", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES"}
+PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "STOP",
+                    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+
+
 def read_pickle(path):
     """A pickled dict of int, bytes and pairs of int. Whatever else a file holds, no code of it is run.
 
@@ -448,11 +449,6 @@ def read_pickle(path):
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise invalid(path, error) from error
-
-
-PICKLED_VALUES = {"INT", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES"}
-PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "STOP",
-                    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
 
 def invalid(path, reason):
@@ -492,7 +488,8 @@ def show(args):
         text = visible(tokenizer.vocab[token])
         piece = shade.format(46 + index % 2, text, token) if shade else f"[{token} {text}]"
         print(piece, end="\n" if tokenizer.vocab[token].endswith(b"\n") else "")
-    print()
+    if not data.endswith(b"\n"):
+        print()
 
 
 def vocab(args):
@@ -545,7 +542,7 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(f"tokenizer.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("tokenizer.py: interrupted, nothing written")
+        sys.exit("tokenizer.py: interrupted")
 
 
 if __name__ == "__main__":
