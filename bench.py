@@ -34,7 +34,7 @@ def alternate(a, b, repeats):
     return tuple(statistics.median(column) for column in zip(*times))
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer
+# ---------------------------------------------------------------------------- tokenizer
 
 
 def bench_tokenizer(args):
@@ -43,14 +43,14 @@ def bench_tokenizer(args):
     elif len(args.megabytes) == 1:
         measure_size(args.data_path, args.megabytes[0])
     else:
-        print("| text | train | | encode | | tokens | peak memory |\n|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+        print("| text | train | | encode | | tokens | peak memory |\n" + "|---:" * 7 + "|", flush=True)
         for size in args.megabytes:  # each in a process of its own, as the peak of memory never falls
             subprocess.run([sys.executable, __file__, "tokenizer", "--data_path", args.data_path,
                             "--megabytes", str(size)], check=True)
 
 
 def train_quietly(data_path, vocab_size):
-    """A tokenizer of a text file; reads the text and writes merges.pkl and vocab.pkl, as every training does."""
+    """A tokenizer of a text file, made as always: reads the text, writes merges.pkl and vocab.pkl."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         return BasicTokenizer(data_path, vocab_size, out_dir=folder)
 
@@ -74,7 +74,7 @@ def compare_with_textbook(data_path, repeats):
         ("encode the text", textbook_encode, lambda: tokenizer.encode_array(data)),
     ):
         slow, fast = alternate(textbook, ours, repeats)
-        print(f"{name:18} textbook {slow:6.2f} s    ours {fast:7.4f} s    {slow / fast:5.0f} times faster", flush=True)
+        print(f"{name:18} textbook {slow:6.2f} s   ours {fast:7.4f} s   {slow / fast:5.0f} times faster", flush=True)
     ids = tokenizer.encode_array(data).tolist()
     same = results["textbook"] == (merges, ids) and results["ids"] == ids
     print(f"{'merges and ids':18} {'the same' if same else 'DIFFERENT'}, {len(ids):,} tokens")
@@ -86,7 +86,7 @@ def compare_with_textbook(data_path, repeats):
 
 
 def write_text(path, source, size):
-    """A text of `size` bytes: the source over and over, each time with a twentieth of its bytes drawn anew from it."""
+    """A text of `size` bytes: the source over and over, each time with 5 % of its bytes drawn anew from it."""
     rng = np.random.default_rng(1337)
     source = np.frombuffer(source, np.uint8)
     with open(path, "wb") as file:
@@ -112,7 +112,7 @@ def measure_size(data_path, megabytes):
           f"{megabytes / encode:.1f} MB/s | {tokens:,} | {peak / 1e6:,.0f} MB |")
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------- command line
 
 
 def sizes(argument):
@@ -131,7 +131,7 @@ def parse_args():
     sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, metavar="FILE",
                      help="text (default: data/input.txt beside this script)")
     sub.add_argument("--repeats", type=int, default=1, metavar="N",
-                     help="rounds, of which the median counts (default: 1, as the textbook takes a minute for each)")
+                     help="rounds, of which the median counts (default: 1; the textbook takes a minute or more)")
     sub.add_argument("--megabytes", type=sizes, metavar="N,N,...",
                      help="measure texts of these sizes instead: time and peak memory as a Markdown table")
     return parser.parse_args()

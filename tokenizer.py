@@ -1,12 +1,12 @@
 """Byte-pair encoding from scratch: learns a vocabulary of tokens from a text, and cuts any text into them.
 
-    python tokenizer.py train                                      # learn 500 tokens from data/input.txt
-    python tokenizer.py show "ROMEO: speak"                        # see a text cut into its tokens
+    python tokenizer.py train                     # learn 500 tokens from data/input.txt
+    python tokenizer.py show "ROMEO: speak"       # see a text cut into its tokens
     python tokenizer.py encode "ROMEO: speak" | python tokenizer.py decode
-    python tokenizer.py vocab                                      # the learned tokens, and how often they occur
+    python tokenizer.py vocab                     # the learned tokens, and how often the text uses them
 
-Tokens 0 to 255 are the bytes. Each further one is the most frequent pair of neighbours in the text so far, merged
-into a single token (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a pair, `learn` chooses the
+Tokens 0 to 255 are the bytes. Each further token is the most frequent pair of neighbours in the text so far,
+merged into one (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a pair, `learn` chooses the
 pairs, `BasicTokenizer` applies them to any text; the rest of the file reads and writes files.
 """
 
@@ -28,29 +28,30 @@ CHECKPOINTS = HERE / "checkpoints"
 DEFAULT_TEXT = HERE / "data" / "input.txt"
 MERGES_FILE, VOCAB_FILE, WAITING_FILE = "merges.pkl", "vocab.pkl", ".merges.pkl.new"
 
-SHORT = 8192  # bytes up to which replacing in a string encodes faster than an index of the text
-BLOCK = 1 << 21  # bytes worked on at a time: bounds the memory, and stays in the processor's cache
-MAX_VOCAB = 1 << 20  # a token is also a character (see `encode_short`), and Unicode ends at 0x10FFFF
-MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens together: a crafted one must not fill the memory
+SHORT = 8192  # bytes up to which replacing in a string encodes faster than an index of the text does
+BLOCK = 1 << 21  # bytes encoded or counted at a time, which bounds the memory
+MAX_VOCAB = 1 << 20  # a token is also a character (see `_encode_short`), and Unicode ends at 0x10FFFF
+MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens: a crafted one must not fill the memory
 
 
 class TokenSequence:
     """A text as a sequence of tokens, laid over its bytes so that a merge moves nothing.
 
-    `head[i]` is the token that starts at byte i, `tail[i]` the one that ends there; where none does they hold `hole`.
+    `head[i]` is the token that starts at byte i, `tail[i]` the one that ends there, `hole` where none does:
 
         text         a    b    c    a    b
-        head, tail   97   98   99   97   98       merge (97, 98) into 256:   head   256  .    99   256  .
-                                                                             tail   .    256  99   .    256
+        head, tail   97   98   99   97   98
+        head         256  .    99   256  .         after merging (97, 98) into 256
+        tail         .    256  99   .    256
 
-    `where[token]` are the places where a token started when last looked at. Places are only ever lost, so looking
-    there and nowhere else finds them all, and a merge costs what the rarer of its tokens has places.
+    `where[token]` are the places where a token started when last looked at. Places are only ever lost, so the
+    token is nowhere else, and finding a pair costs what the rarer of its two tokens has places.
     """
 
     def __init__(self, data, vocab_size):
         text = np.frombuffer(data, np.uint8)
         self.hole = np.min_scalar_type(vocab_size).type(vocab_size)
-        self.head = np.append(text, self.hole)  # one hole more than the text: head[n] and tail[-1] are no token
+        self.head = np.append(text, self.hole)  # and a hole at the end, for head[n] and tail[-1]
         self.tail = self.head.copy()
         self.size = [1] * 256  # bytes of each token
         blocks = np.array_split(text, len(text) // BLOCK + 1)
@@ -62,7 +63,7 @@ class TokenSequence:
         """Byte positions at which a token starts, ascending."""
         if token in self.where:
             places = self.where[token]
-            places = places.compress(self.head.take(places) == token)  # methods: faster than the same with [ ]
+            places = places.compress(self.head.take(places) == token)  # twice as fast as with [ ]
         else:
             places = np.flatnonzero(self.head == token).astype(self.index)
         self.where[token], self.count[token] = places, len(places)
@@ -112,7 +113,7 @@ def every_other(places, size):
 
 
 def count_pairs(text):
-    """How often each byte is followed by each other: uint8 [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}."""
+    """How often each pair of neighbours occurs: uint8 [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}."""
     counts = np.zeros(1 << 16, np.int64)
     for start in range(0, len(text), BLOCK):
         block = text[start:start + BLOCK + 1].astype(np.int64)
@@ -127,14 +128,15 @@ def tally(counts):
 
 
 def learn(tokens, vocab_size):
-    """Merges the most frequent pair of a TokenSequence, again and again, until there are `vocab_size` tokens.
+    """Merges the most frequent pair of a TokenSequence, over and over, until there are `vocab_size` tokens.
 
-    Pairs are counted at every position, overlaps included; of equals, the pair that occurs first is taken.
+    Occurrences that overlap all count; of equally frequent pairs, the one that occurs first is taken.
 
-    A pair is at its most frequent, and starts earliest, when the younger of its tokens is made. So an entry (-count,
-    first place, pair) of the heap may be old, but never worse than the truth. The one on top is looked up in the
-    text again, and if that leaves it on top, it is the best. `most` lowers counts without looking, as each pair that
-    a merge gives to the new token it takes from an old one.
+    The textbook counts all pairs anew for each merge. Here each pair is counted when its younger token is made,
+    into a heap of (-count, first place, pair). From then on it only gets rarer and starts later, so an old entry
+    is never worse than the truth: the one on top is looked up in the text, and if it stays on top, it is the best.
+    Most need not be looked up: what a merge gives to a pair with the new token, it takes from a pair with one of
+    the merged, and `most` keeps account of that.
 
     Yields:
         (pair, new token, count) of each merge.
@@ -148,7 +150,8 @@ def learn(tokens, vocab_size):
     for new in range(256, vocab_size):
         pair, places = pop_best(heap, most, tokens)
         if not pair:
-            raise ValueError(f"the text has no pair left to merge: vocab_size can be {new} at most, not {vocab_size}")
+            raise ValueError(f"the text has no pair left to merge: vocab_size can be {new} at most, "
+                             f"not {vocab_size}")
         yield pair, new, len(places)
         before, after = tokens.merge(pair, places, new)
         for token, count in tally(np.bincount(before, minlength=new)[:new]):
@@ -163,7 +166,7 @@ def learn(tokens, vocab_size):
 
 
 def pop_best(heap, most, tokens):
-    """Takes the best pair off the heap of `learn`, and finds where it occurs; (None, None) when there is none left."""
+    """Takes the best pair off the heap of `learn` and finds its places; (None, None) when there is none left."""
     while heap:
         count, first, pair = heap[0]
         if most[pair] < -count:
@@ -212,7 +215,7 @@ class BasicTokenizer:
             self.train()
 
     def train(self, data_path=None):
-        """Learns the merges from the text and writes them. Prints the compression ratio (if verbose, each merge)."""
+        """Learns the merges from the text and writes the files. Prints bytes per token (if verbose, each merge)."""
         from tqdm import tqdm  # here, as only training has use for it
 
         self.data_path = data_path or self.data_path
@@ -223,11 +226,12 @@ class BasicTokenizer:
         data = read_text(self.data_path).encode()
         tokens = TokenSequence(data, self.vocab_size)
         merges, vocab = {}, spell({})
-        total = self.vocab_size - 256
-        for pair, new, count in tqdm(learn(tokens, self.vocab_size), "merges", total, delay=1, leave=False, disable=None):
+        total, steps = self.vocab_size - 256, learn(tokens, self.vocab_size)
+        for pair, new, count in tqdm(steps, "merges", total, delay=1, leave=False, disable=None):
             merges[pair], vocab[new] = new, vocab[pair[0]] + vocab[pair[1]]
             if self.verbose:
-                tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) had {count} occurrences")
+                tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) "
+                           f"had {count} occurrences")
         save_pair(self.out_dir, merges, vocab)
         self._use(merges, vocab)
         print(f"compression ratio: {len(data) / len(tokens.ids()):.2f}X")
@@ -236,7 +240,7 @@ class BasicTokenizer:
         self.merges, self.vocab, self.vocab_size = merges, vocab, len(vocab)
         self.fingerprint = hashlib.sha256("".join(f"{a} {b}\n" for a, b in merges).encode()).hexdigest()
         self._as_strings = [(chr(a) + chr(b), chr(new)) for (a, b), new in merges.items()]
-        self._joints = {vocab[a][-1:] + vocab[b][:1] for a, b in merges}  # neighbouring bytes that a token may join
+        self._joints = {vocab[a][-1:] + vocab[b][:1] for a, b in merges}  # bytes a token may join
 
     def encode(self, text):
         """Token ids of a text, a list of int. Prints the compression ratio, bytes per token."""
@@ -246,7 +250,7 @@ class BasicTokenizer:
         return ids
 
     def encode_array(self, text):
-        """Token ids of a text (str, or bytes), as a NumPy array: uint16, or uint32 for more than 65,535 tokens."""
+        """Token ids of a str or bytes, prints nothing: uint16 (tokens,), uint32 for more than 65,535 tokens."""
         data = to_bytes(text)
         if len(data) <= SHORT:
             return self._encode_short(data)
@@ -268,7 +272,7 @@ class BasicTokenizer:
         return tokens.ids()
 
     def _blocks(self, data):
-        """Cuts bytes into blocks, only between two that no token joins: so the tokens are those of the whole."""
+        """Cuts bytes into blocks, only between two that no token joins, so that no token is cut."""
         start = 0
         while start < len(data):
             end = start + BLOCK
@@ -290,7 +294,7 @@ class BasicTokenizer:
 
 
 def to_bytes(text):
-    """UTF-8 of a str, bytes as they are. Bytes of a command line that are not UTF-8 come back as they were given."""
+    """UTF-8 of a str, bytes as they are. Bytes of a command line that are not UTF-8 come back as given."""
     if isinstance(text, bytes):
         return text
     try:
@@ -303,8 +307,8 @@ def to_bytes(text):
 def atomic_write(path):
     """A binary file to write, which takes the place of `path` when all is written, and not before.
 
-    Whatever happens, `path` is what it was or all of the new file. The temporary beside it, `.{name}.tmp`, is gone
-    after an exception; a killed process leaves it for the next write to replace. Creates the folder.
+    Whatever happens, `path` is what it was or all of the new file. An exception removes the temporary beside it,
+    `.{name}.tmp`; a killed process leaves it, for the next write to replace. Creates the folder.
 
     Raises:
         OSError: the file cannot be written; the message names it.
@@ -346,26 +350,26 @@ def read_text(path):
     try:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; pass a text file with --data_path") from error
+        raise ValueError(f"cannot read {path}: {error.strerror}; pass a text with --data_path") from error
     if not data:
         raise ValueError(f"{path} is empty: pass a text with --data_path")
     nuls = data.count(0, 0, 1 << 16), data[:1 << 16:2].count(0)
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or nuls[0] > 99 and nuls[1] in (0, nuls[0]):
         raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8")
     if 0 in data:
-        raise ValueError(f"{path} is binary, not text (byte {data.index(0)} is zero): pass a text with --data_path")
+        raise ValueError(f"{path} is binary (byte {data.index(0)} is zero): pass a text with --data_path")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}), Latin-1 perhaps: "
-                         "convert it with iconv -f LATIN1 -t UTF-8") from error
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}), but Latin-1 "
+                         "perhaps: convert it with iconv -f LATIN1 -t UTF-8") from error
 
 
 def save_pair(folder, merges, vocab):
-    """Writes merges.pkl and vocab.pkl so that, killed at any instant, it leaves the old pair or the new to `load_pair`.
+    """Writes merges.pkl and vocab.pkl. Killed at any instant, it leaves `load_pair` the old pair or the new.
 
-    Two renames cannot be one. Between them the new vocabulary lies beside the old merges; but the new merges are
-    there too, in a third file where `load_pair` looks for them.
+    Two renames cannot be one. Between them the new vocabulary lies beside the old merges; but the new merges
+    are there too, in a third file, where `load_pair` looks for them.
     """
     waiting = folder / WAITING_FILE
     if waiting.exists():  # a save was cut short: if it was between its renames, it is finished first
@@ -427,8 +431,8 @@ PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "
 def read_pickle(path):
     """A pickled dict of int, bytes and pairs of int. Whatever else a file holds, no code of it is run.
 
-    `pickle.load` would import and call what a file asks for. This takes such a dict for the flat list it is in the
-    file, key, value, key, value ..., and knows no instruction that makes anything which is not in the file.
+    `pickle.load` would import and call what a file asks for. This reads such a dict as the flat list it is in
+    the file, key, value, key, value ..., and knows no instruction that makes anything but what is written there.
 
     Raises:
         ValueError: the file cannot be read, is too large, or holds anything else.
@@ -438,12 +442,13 @@ def read_pickle(path):
             raise ValueError(f"it is larger than {MAX_BYTES} bytes")
         items = []
         for instruction, value, _ in pickletools.genops(path.read_bytes()):
-            if instruction.name in PICKLED_VALUES:
+            name = instruction.name
+            if name in PICKLED_VALUES:
                 items.append(value)
-            elif instruction.name in ("TUPLE", "TUPLE2") and [type(item) for item in items[-2:]] == [int, int]:
+            elif name in ("TUPLE", "TUPLE2") and [type(item) for item in items[-2:]] == [int, int]:
                 items[-2:] = [tuple(items[-2:])]
-            elif instruction.name not in PICKLE_STRUCTURE:
-                raise ValueError(f"its {instruction.name} has no place in a dict of numbers and bytes")
+            elif name not in PICKLE_STRUCTURE:
+                raise ValueError(f"its {name} has no place in a dict of numbers and bytes")
         return dict(zip(items[::2], items[1::2], strict=True))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
@@ -480,7 +485,7 @@ def decode(args):
 
 
 def show(args):
-    """Prints each token with its id: shaded on a terminal, in brackets elsewhere; lines break where the text does."""
+    """Prints each token with its id: shaded on a terminal, in brackets elsewhere."""
     tokenizer = BasicTokenizer(out_dir=args.out_dir)
     data = to_bytes(args.text) if args.text is not None else sys.stdin.buffer.read()
     shade = "\x1b[30;{}m{}\x1b[0m\x1b[2m{}\x1b[0m" if sys.stdout.isatty() else None
@@ -502,7 +507,7 @@ def vocab(args):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Byte-pair encoding: learn tokens from a text, and use them.")
+    parser = argparse.ArgumentParser(description="Byte-pair encoding: learns tokens from a text, and uses them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function, summary, with_text=False, with_data=False):
@@ -528,7 +533,7 @@ def parse_args():
     command(vocab, "list the learned tokens with their counts in a text", with_data=True)
     args = parser.parse_args()
     if not 256 <= getattr(args, "vocab_size", 256) <= MAX_VOCAB:
-        args.error(f"argument --vocab_size: must be from 256 (the bytes) to {MAX_VOCAB}, not {args.vocab_size}")
+        args.error(f"argument --vocab_size: must be from 256 (the bytes) to {MAX_VOCAB}")
     return args
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer: exactly the textbook's merges and ids, published facts, files that are safe, and clear errors."""
+"""The tokenizer: the textbook's merges and ids exactly, published facts, files that are safe, clear errors."""
 
 import itertools
 import os
@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tokenizer as tok
 from textbook_bpe import textbook_bpe_encode, textbook_bpe_train
-from tokenizer import BasicTokenizer, TokenSequence, atomic_write, learn, load_pair, read_text, save_pair, spell
+from tokenizer import (BasicTokenizer, TokenSequence, atomic_write, learn, load_pair, read_text, save_pair,
+                       spell)
 
 SENTENCE = "Hi, My name is Toufik"
 SENTENCE_IDS = [72, 105, 261, 77, 265, 110, 97, 378, 279, 84, 262, 102, 105, 107]
@@ -59,7 +60,7 @@ def shakespeare(text, tmp_path_factory):
     return BasicTokenizer(ROOT / "data" / "input.txt", out_dir=tmp_path_factory.mktemp("shakespeare"))
 
 
-# ------------------------------------------------------------------------------- the same as the textbook
+# ---------------------------------------------------------------------------- the same as the textbook
 
 runs = st.lists(st.tuples(st.sampled_from(b"ab"), st.integers(1, 40)), max_size=20).map(
     lambda runs: b"".join(bytes([byte]) * length for byte, length in runs))
@@ -150,8 +151,8 @@ def test_worked_examples_of_the_docstrings():
 
 
 def test_ids_beyond_the_surrogates_and_16_bits():
-    """A token for every two bytes: inside _encode_short ids are characters, also those reserved for surrogates."""
-    tokenizer = tokenizer_of({(left, right): 256 + 256 * left + right for left in range(256) for right in range(256)})
+    """A token for every two bytes. Inside _encode_short ids are characters, also those kept for surrogates."""
+    tokenizer = tokenizer_of({divmod(new - 256, 256): new for new in range(256, 256 + 256 * 256)})
     data = np.random.default_rng(0).bytes(5000)
     short, long = tokenizer._encode_short(data), tokenizer._encode_long(data)
     assert short.dtype == long.dtype == np.uint32
@@ -160,7 +161,7 @@ def test_ids_beyond_the_surrogates_and_16_bits():
     assert tokenizer.decode_bytes(short.tolist()) == data
 
 
-# ------------------------------------------------------------------------------- published facts, on the real text
+# ---------------------------------------------------------------------------- published facts, on the real text
 
 
 def test_published_merges_and_prints(text, tmp_path, capsys):
@@ -186,7 +187,7 @@ def test_both_ways_of_encoding_agree_on_the_real_text(shakespeare, text):
     assert shakespeare._encode_short(data).tolist() == shakespeare._encode_long(data).tolist()
 
 
-# ------------------------------------------------------------------------------- the class
+# ---------------------------------------------------------------------------- the class
 
 
 @pytest.fixture
@@ -257,17 +258,17 @@ def test_surrogates_do_not_crash(small):
     small.encode("\ud800")
 
 
-# ------------------------------------------------------------------------------- reading a text
+# ---------------------------------------------------------------------------- reading a text
 
 
 @pytest.mark.parametrize("data, message", [
     (b"", "is empty: pass a text with --data_path"),
     (b"\xef\xbb\xbf", "is empty"),
-    ("déjà vu".encode("latin-1"), r"is not UTF-8 \(byte 1 is 0xe9\), Latin-1 perhaps: convert it with iconv -f LATIN1"),
+    ("déjà vu".encode("latin-1"), r"is not UTF-8 \(byte 1 is 0xe9\), but Latin-1 perhaps: .* iconv -f LATIN1"),
     ("ROMEO".encode("utf-16"), "is UTF-16, not UTF-8: convert it with iconv -f UTF-16"),
     (("ROMEO " * 99).encode("utf-16-le"), "is UTF-16"),
     (("ROMEO " * 99).encode("utf-16-be"), "is UTF-16"),
-    (b"\x7fELF\x02\x00\x00", r"is binary, not text \(byte 5 is zero\)"),
+    (b"\x7fELF\x02\x00\x00", r"is binary \(byte 5 is zero\)"),
     (bytes(range(256)) * 9, "is binary"),
 ])
 def test_what_is_no_text(tmp_path, data, message):
@@ -278,7 +279,7 @@ def test_what_is_no_text(tmp_path, data, message):
 
 
 def test_no_file_and_a_folder(tmp_path):
-    with pytest.raises(ValueError, match="no text at .*none.txt: run python data/prepare.py, or pass --data_path"):
+    with pytest.raises(ValueError, match="no text at .*none.txt: run python data/prepare.py, or pass"):
         read_text(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="cannot read .*: Is a directory"):
         read_text(tmp_path)
@@ -289,7 +290,7 @@ def test_a_byte_order_mark_goes_and_line_ends_stay(tmp_path):
     assert read_text(tmp_path / "input.txt") == "a\r\nb\n"
 
 
-# ------------------------------------------------------------------------------- hostile and damaged files
+# ---------------------------------------------------------------------------- hostile and damaged files
 
 MERGES = {(97, 98): 256, (256, 99): 257}
 VOCAB = spell(MERGES)
@@ -319,12 +320,12 @@ HOSTILE = {  # what is wrong: (merges.pkl, the message), or (vocab.pkl, the mess
     "text": ("merges", b"First Citizen:\n", "could not convert string to float: b'irst Citizen:'"),
     "zip file": ("merges", b"PK\x03\x04" + bytes(40), "no newline found"),
     "4 GB of bytes announced": ("vocab", frame(b"}K\x00B\xff\xff\xff\xffab"), "expected 4294967295 bytes"),
-    "2^62 bytes announced": ("vocab", frame(b"}K\x00\x8e" + struct.pack("<Q", 1 << 62)), "expected 4611686018427387904"),
-    "bytearray of 2^62": ("vocab", frame(b"}K\x00\x96" + struct.pack("<Q", 1 << 62)), "expected 4611686018427387904"),
+    "2^62 bytes announced": ("vocab", frame(b"}K\x00\x8e" + struct.pack("<Q", 1 << 62)), "expected 461168601842738"),
+    "bytearray of 2^62": ("vocab", frame(b"}K\x00\x96" + struct.pack("<Q", 1 << 62)), "expected 461168601842738"),
     "memo of 2^32": ("merges", frame(b"}r\xff\xff\xff\xff"), "vocab.pkl is not what"),
     "integer of 5,000 digits": ("merges", frame(b"}I" + b"9" * 5000 + b"\n"), "4300 digits"),
     "integer of 2^31 bytes": ("merges", frame(b"}\x8b\xff\xff\xff\x7f"), "long4"),
-    "tuples 100,000 deep": ("merges", frame(b"}K\x01" + b"K\x01\x86" * 100_000 + b"K\x01s"), "TUPLE2 has no place"),
+    "tuples 100,000 deep": ("merges", frame(b"}K\x01" + b"K\x01\x86" * 100_000), "TUPLE2 has no place"),
     "a list": ("merges", pickle.dumps([1, 2, 3]), "EMPTY_LIST has no place"),
     "a string": ("merges", pickle.dumps({"ab": 256}), "SHORT_BINUNICODE has no place"),
     "a float": ("merges", pickle.dumps({(97, 98): 256.0}), "BINFLOAT has no place"),
@@ -332,11 +333,11 @@ HOSTILE = {  # what is wrong: (merges.pkl, the message), or (vocab.pkl, the mess
     "a bool of protocol 0": ("merges", frame(b"}(I01\nK\x62tM\x00\x01s"), "TUPLE has no place"),
     "a key without value": ("merges", frame(b"}K\x01s"), "argument 2 is shorter"),
     "a triple": ("merges", pickle.dumps({(97, 98, 99): 256}), "TUPLE3 has no place"),
-    "ids with a gap": ("merges", pickle.dumps({(97, 98): 256, (97, 99): 258}), r"\(97, 99\) -> 258 does not make token 257"),
+    "ids with a gap": ("merges", pickle.dumps({(97, 98): 256, (97, 99): 258}), "-> 258 does not make token 257"),
     "an id below 256": ("merges", pickle.dumps({(97, 98): 255}), "-> 255 does not make token 256"),
-    "made of itself": ("merges", pickle.dumps({(97, 256): 256}), "does not make token 256 of two earlier"),
-    "made of a later id": ("merges", pickle.dumps({(97, 257): 256, (97, 98): 257}), "does not make token 256 of two earlier"),
-    "made of a negative id": ("merges", pickle.dumps({(97, -1): 256}), "does not make token 256 of two earlier"),
+    "made of itself": ("merges", pickle.dumps({(97, 256): 256}), "does not make token 256"),
+    "made of a later id": ("merges", pickle.dumps({(97, 257): 256, (97, 98): 257}), "does not make token 256"),
+    "made of a negative id": ("merges", pickle.dumps({(97, -1): 256}), "does not make token 256"),
     "made of one number": ("merges", pickle.dumps({97: 256}), "97 -> 256 does not make token 256"),
     "made into bytes": ("merges", pickle.dumps({(97, 98): b"ab"}), "does not make token 256"),
     "tokens that double 200 times": ("merges", pickle.dumps({(max(new - 1, 97) if new > 256 else 97,) * 2: new
@@ -406,17 +407,17 @@ def test_mutated_files_load_the_truth_or_give_one_line(tmp_path, seed):
 def test_pickles_of_others_load(tmp_path, protocol):
     for optimize in (bytes, pickletools.optimize):
         (tmp_path / "merges.pkl").write_bytes(optimize(pickle.dumps(MERGES, protocol)))
-        (tmp_path / "vocab.pkl").write_bytes(optimize(pickle.dumps(VOCAB, max(protocol, 3))))  # 2 has no bytes
+        (tmp_path / "vocab.pkl").write_bytes(optimize(pickle.dumps(VOCAB, max(protocol, 3))))  # 2: no bytes
         assert load_pair(tmp_path)[:2] == (MERGES, VOCAB)
 
 
-# ------------------------------------------------------------------------------- written whole or not at all
+# ---------------------------------------------------------------------------- written whole or not at all
 
 OLD, NEW, NEXT = {(97, 98): 256}, {(120, 121): 256, (256, 122): 257}, {(32, 32): 256}
 
 
 def save_ended_at(step, how, folder, merges):
-    """Saves in a process that is killed, or gets Ctrl-C, before the step-th line that writes; False if it lives."""
+    """Saves in a process that is killed, or gets Ctrl-C, before its step-th line; False if it saves to the end."""
     child = os.fork()
     if child == 0:
         steps = iter(range(step))
@@ -547,11 +548,12 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
                 file.write(b"x")
 
 
-# ------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------- command line
 
 
 def run(*arguments, **options):
-    return subprocess.run([sys.executable, ROOT / "tokenizer.py", *arguments], capture_output=True, timeout=60, **options)
+    command = [sys.executable, ROOT / "tokenizer.py", *arguments]
+    return subprocess.run(command, capture_output=True, timeout=60, **options)
 
 
 def test_commands_are_filters_of_pure_data(small):
@@ -584,10 +586,10 @@ def test_train_on_the_command_line(small, tmp_path):
     (["dance"], 2, "invalid choice: 'dance'"),
     (["train", "--vocab_size", "255"], 2, "argument --vocab_size: must be from 256"),
     (["train", "--vocab_size", "many"], 2, "argument --vocab_size: invalid int value: 'many'"),
-    (["train", "--data_path", "none.txt"], 1, "no text at none.txt: run python data/prepare.py, or pass --data_path"),
+    (["train", "--data_path", "none.txt"], 1, "no text at none.txt: run python data/prepare.py, or pass"),
     (["train", "--data_path", "."], 1, "cannot read .: Is a directory"),
     (["train", "--data_path", "text.txt", "--vocab_size", "9999"], 1, "vocab_size can be"),
-    (["train", "--data_path", "text.txt", "--vocab_size", "260", "--out_dir", "text.txt"], 1, "cannot write text.txt"),
+    (["train", "--data_path", "text.txt", "--vocab_size", "260", "--out_dir", "text.txt"], 1, "cannot write text"),
     (["encode", "a", "--out_dir", "none"], 1, "there is no tokenizer in none: run python tokenizer.py train"),
     (["decode", "65", "999", "--out_dir", "."], 1, "there is no token 999: the ids are 0 to 259"),
     (["decode", "65", "x", "--out_dir", "."], 1, "'x' is not a token id"),
@@ -595,7 +597,8 @@ def test_train_on_the_command_line(small, tmp_path):
     (["vocab", "--out_dir", ".", "--data_path", "merges.pkl"], 1, "merges.pkl is"),
 ])
 def test_mistakes_are_one_line(small, arguments, status, message):
-    done = run(*arguments, cwd=small.out_dir, text=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = run(*arguments, cwd=small.out_dir, text=True, encoding="utf-8", env=environment)
     assert done.returncode == status and message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert status == 2 or len(done.stderr.splitlines()) == 1
@@ -603,8 +606,9 @@ def test_mistakes_are_one_line(small, arguments, status, message):
 
 def test_a_closed_pipe_is_no_error(small):
     (small.out_dir / "long.txt").write_bytes(bytes(range(1, 128)) * 20_000)
-    process = subprocess.Popen([sys.executable, ROOT / "tokenizer.py", "encode", "--out_dir", small.out_dir],
-                               stdin=open(small.out_dir / "long.txt"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, ROOT / "tokenizer.py", "encode", "--out_dir", small.out_dir]
+    with open(small.out_dir / "long.txt") as file:
+        process = subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
     process.stdout.close()
     assert b"Error" not in process.stderr.read()

@@ -1,4 +1,4 @@
-"""Byte-pair encoding as the textbook has it, to compare tokenizer.py with: every pair counted anew for each merge."""
+"""Byte-pair encoding as the textbook has it, to compare tokenizer.py with: all pairs counted for each merge."""
 
 
 def count_pairs(ids):
@@ -25,7 +25,7 @@ def merge(ids, pair, new):
 def textbook_bpe_train(data, vocab_size):
     """merges {(int, int): int} of bytes, and the ids of those; fewer merges if the pairs run out.
 
-    The most frequent pair is merged; `max` returns the first of equals, so a tie goes to the one that occurs first.
+    The most frequent pair is merged; `max` takes the first of equals, so a tie goes to the one that occurs first.
     """
     ids, merges = list(data), {}
     for new in range(256, vocab_size):
@@ -39,7 +39,7 @@ def textbook_bpe_train(data, vocab_size):
 
 
 def textbook_bpe_encode(data, merges):
-    """Ids of bytes: of the pairs present, the one that was merged first in training is merged, until none is left."""
+    """Ids of bytes: of the pairs present, the one that training merged first is merged, until none is left."""
     ids = list(data)
     while len(ids) > 1:
         pair = min(count_pairs(ids), key=lambda pair: merges.get(pair, float("inf")))
