@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import io
+import os
 import resource
 import statistics
 import subprocess
@@ -74,7 +75,7 @@ def compare_with_textbook(data_path, repeats):
         ("encode the text", textbook_encode, lambda: tokenizer.encode_array(data)),
     ):
         slow, fast = alternate(textbook, ours, repeats)
-        print(f"{name:18} textbook {slow:6.2f} s   ours {fast:7.4f} s   {slow / fast:5.0f} times faster", flush=True)
+        print(f"{name:18} textbook {slow:5.2f} s, ours {fast:.4f} s: {slow / fast:.0f} times faster", flush=True)
     ids = tokenizer.encode_array(data).tolist()
     same = results["textbook"] == (merges, ids) and results["ids"] == ids
     print(f"{'merges and ids':18} {'the same' if same else 'DIFFERENT'}, {len(ids):,} tokens")
@@ -94,6 +95,7 @@ def write_text(path, source, size):
             copy = source.copy()
             copy[rng.integers(len(source), size=len(source) // 20)] = rng.choice(source, len(source) // 20)
             file.write(copy[:size - start])
+        os.fsync(file.fileno())  # or the disk would still be busy with it while the training is timed
 
 
 def measure_size(data_path, megabytes):
@@ -131,7 +133,7 @@ def parse_args():
     sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, metavar="FILE",
                      help="text (default: data/input.txt beside this script)")
     sub.add_argument("--repeats", type=int, default=1, metavar="N",
-                     help="rounds, of which the median counts (default: 1; the textbook takes a minute or more)")
+                     help="rounds, of which the median counts (default: 1; the textbook takes minutes)")
     sub.add_argument("--megabytes", type=sizes, metavar="N,N,...",
                      help="measure texts of these sizes instead: time and peak memory as a Markdown table")
     return parser.parse_args()

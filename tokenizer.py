@@ -132,11 +132,11 @@ def learn(tokens, vocab_size):
 
     Occurrences that overlap all count; of equally frequent pairs, the one that occurs first is taken.
 
-    The textbook counts all pairs anew for each merge. Here each pair is counted when its younger token is made,
+    The textbook counts all pairs anew for each merge. Here each is counted once, when its younger token is made,
     into a heap of (-count, first place, pair). From then on it only gets rarer and starts later, so an old entry
-    is never worse than the truth: the one on top is looked up in the text, and if it stays on top, it is the best.
-    Most need not be looked up: what a merge gives to a pair with the new token, it takes from a pair with one of
-    the merged, and `most` keeps account of that.
+    is never worse than the truth: the one on top is looked up in the text, and if it stays there, it is best.
+    Few are looked up in vain, as `most` keeps account: what a merge gives to a pair with the new token, it takes
+    from a pair with one of the two merged.
 
     Yields:
         (pair, new token, count) of each merge.
@@ -166,7 +166,7 @@ def learn(tokens, vocab_size):
 
 
 def pop_best(heap, most, tokens):
-    """Takes the best pair off the heap of `learn` and finds its places; (None, None) when there is none left."""
+    """Takes the best pair off the heap of `learn` and finds its places; (None, None) if there is none left."""
     while heap:
         count, first, pair = heap[0]
         if most[pair] < -count:
@@ -215,7 +215,7 @@ class BasicTokenizer:
             self.train()
 
     def train(self, data_path=None):
-        """Learns the merges from the text and writes the files. Prints bytes per token (if verbose, each merge)."""
+        """Learns the merges from the text, writes the files, prints bytes per token (if verbose, each merge)."""
         from tqdm import tqdm  # here, as only training has use for it
 
         self.data_path = data_path or self.data_path
@@ -307,8 +307,8 @@ def to_bytes(text):
 def atomic_write(path):
     """A binary file to write, which takes the place of `path` when all is written, and not before.
 
-    Whatever happens, `path` is what it was or all of the new file. An exception removes the temporary beside it,
-    `.{name}.tmp`; a killed process leaves it, for the next write to replace. Creates the folder.
+    Whatever happens, `path` is what it was or all of the new file. An exception removes the temporary beside
+    it, `.{name}.tmp`; a killed process leaves it, for the next write to replace. Creates the folder.
 
     Raises:
         OSError: the file cannot be written; the message names it.
@@ -432,7 +432,7 @@ def read_pickle(path):
     """A pickled dict of int, bytes and pairs of int. Whatever else a file holds, no code of it is run.
 
     `pickle.load` would import and call what a file asks for. This reads such a dict as the flat list it is in
-    the file, key, value, key, value ..., and knows no instruction that makes anything but what is written there.
+    the file, key, value, key, value ..., and knows no instruction that makes anything but what stands there.
 
     Raises:
         ValueError: the file cannot be read, is too large, or holds anything else.
@@ -507,7 +507,7 @@ def vocab(args):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Byte-pair encoding: learns tokens from a text, and uses them.")
+    parser = argparse.ArgumentParser(description="Byte-pair encoding: learn tokens from a text, use them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function, summary, with_text=False, with_data=False):

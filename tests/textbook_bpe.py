@@ -11,9 +11,10 @@ def count_pairs(ids):
 
 def merge(ids, pair, new):
     """[1, 2, 3, 1, 2], pair (1, 2), new 4 -> [4, 3, 4]"""
+    left, right = pair
     merged, i = [], 0
     while i < len(ids):
-        if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
+        if ids[i] == left and i + 1 < len(ids) and ids[i + 1] == right:
             merged.append(new)
             i += 2
         else:
@@ -25,7 +26,7 @@ def merge(ids, pair, new):
 def textbook_bpe_train(data, vocab_size):
     """merges {(int, int): int} of bytes, and the ids of those; fewer merges if the pairs run out.
 
-    The most frequent pair is merged; `max` takes the first of equals, so a tie goes to the one that occurs first.
+    The most frequent pair is merged; `max` takes the first of equals, the one that occurs first.
     """
     ids, merges = list(data), {}
     for new in range(256, vocab_size):
