@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import model as model_module
-from model import (GPT, GPTConfig, Int8Linear, attend, attend_with_dropout, keep_mask, load_checkpoint, load_model, mean_loss,
+from model import (GPT, GPTConfig, Int8Linear, attend, keep_mask, load_checkpoint, load_model, mean_loss,
                    quantize_dynamic, sample, save_checkpoint, side_by_side, split, windows)
 from textbook_gpt import TextbookGPT, copy_weights
 
@@ -114,13 +114,14 @@ def test_dropout_keeps_the_mean_and_is_off_in_eval():
 
 def test_attention_with_dropout_is_attention_whose_weights_are_dropped(monkeypatch):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(5, 4, 16, 7, requires_grad=True) for _ in range(3))
-    dropped = torch.rand(5 * 4, 16, 16) < 0.2
-    masks = iter(dropped.split(2 * 4))  # two sequences of four heads at a time
+    q, k, v = (torch.randn(5, 2, 100, 7, requires_grad=True) for _ in range(3))
+    dropped = torch.rand(5 * 2, 100, 100) < 0.2
+    masks = iter([dropped[heads, queries, :queries.stop] for heads in (slice(0, 8), slice(8, 10))  # four sequences, then one
+                  for queries in (slice(0, 64), slice(64, 100))])
     monkeypatch.setattr(model_module, "keep_mask", lambda shape, p: ~next(masks))
-    future = torch.ones(16, 16, dtype=torch.bool).triu(1)
+    future = torch.ones(100, 100, dtype=torch.bool).triu(1)
     weights = (q @ k.transpose(-2, -1) / math.sqrt(7)).masked_fill(future, float("-inf")).softmax(-1)
-    expected = weights.masked_fill(dropped.view(5, 4, 16, 16), 0) / 0.8 @ v
+    expected = weights.masked_fill(dropped.view(5, 2, 100, 100), 0) / 0.8 @ v
     ours = attend(q, k, v, dropout=0.2)
     torch.testing.assert_close(ours, expected)
     for mine, theirs in zip(torch.autograd.grad(ours.square().sum(), (q, k, v)), torch.autograd.grad(expected.square().sum(), (q, k, v))):
