@@ -292,6 +292,10 @@ class BasicTokenizer:
         except KeyError as error:
             raise ValueError(f"there is no token {error}: the ids are 0 to {self.vocab_size - 1}") from None
 
+    def count_characters(self, ids):
+        """How many characters token ids spell: bytes, but for those that continue a UTF-8 character."""
+        return int((np.frombuffer(self.decode_bytes(ids), np.uint8) & 0xC0 != 0x80).sum())
+
 
 def to_bytes(text):
     """UTF-8 of a str, bytes as they are. Bytes of a command line that are not UTF-8 come back as given."""

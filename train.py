@@ -52,11 +52,6 @@ def load_tokenizer(out_dir: Path, data_path: Path, vocab_size: int) -> BasicToke
     return tokenizer
 
 
-def characters(tokenizer: BasicTokenizer, tokens: np.ndarray) -> int:
-    """How many characters the tokens spell; bytes that continue a UTF-8 character do not count."""
-    return sum(byte & 0xC0 != 0x80 for byte in tokenizer.decode_bytes(tokens))
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -241,7 +236,7 @@ class Trainer:
         tokens = tokenizer.encode_array(text)
         train, val = split(tokens, args.block_size)
         self.tokenizer, self.text_hash = tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest()
-        self.tokens_per_char = {"train": len(train) / characters(tokenizer, train), "val": len(val) / characters(tokenizer, val)}
+        self.tokens_per_char = {name: len(part) / tokenizer.count_characters(part) for name, part in (("train", train), ("val", val))}
         self.data = {name: torch.from_numpy(part.astype(np.int32)).to(self.device) for name, part in (("train", train), ("val", val))}
         self.starts = {"val": side_by_side(self.data["val"], args.block_size)}
         self.starts["train"] = side_by_side(self.data["train"], args.block_size, len(self.starts["val"]))
