@@ -64,7 +64,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or not self.training or self.p == 0:
             return super().forward(x)
-        return x * keep_mask(x.shape, self.p) * (1 / (1 - self.p))
+        return (x * keep_mask(x.shape, self.p)).mul_(1 / (1 - self.p))
 
 
 class CausalSelfAttention(nn.Module):
@@ -129,7 +129,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
