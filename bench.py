@@ -2,6 +2,9 @@
 
     python bench.py tokenizer                          # against the textbook algorithm: three minutes
     python bench.py tokenizer --megabytes 1,10,100     # time and memory against the size of the text
+    python bench.py train                              # an iteration, against the textbook network's
+    python bench.py sample                             # tokens a second, against the textbook sampler and Hugging Face's
+    python bench.py quantize                           # int8 against float32
 """
 
 import argparse
@@ -120,6 +123,128 @@ def measure_size(data_path, megabytes):
           f"{megabytes / encode:.1f} MB/s | {tokens:,} | {peak / 1e6:,.0f} MB |")
 
 
+# ---------------------------------------------------------------------------- network
+
+
+def peak_memory(device):
+    """Bytes: the most this process has held so far, or on a GPU its tensors since the last reset."""
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def bench_train(args):
+    """Whole iterations (forward, backward, update) at the published sizes, dropout included, in turn."""
+    import torch
+
+    from model import CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype
+    from textbook_gpt import TextbookGPT
+
+    config, device, batch_size = GPTConfig(), choose_device(args.device), args.batch_size
+    dtype = choose_dtype("auto", device)
+    idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=device)
+
+    def iteration(model, dtype, fused, parts):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=fused)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+        def run():
+            optimizer.zero_grad()
+            for part in parts:
+                with autocast:
+                    loss = model(part, part)[1] / len(parts)
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            loss.item()  # waits for a GPU
+        return run
+
+    textbook, network = TextbookGPT(config).to(device), GPT(config).to(device)
+    matrices = sum(p.numel() for name, p in network.named_parameters() if p.dim() == 2 and "embedding" not in name)
+    tokens = batch_size * config.block_size
+    attention = 2 * config.n_layer * config.n_head * config.head_size * config.block_size  # per token, causal or not
+    flops = 6 * tokens * (matrices + attention)  # Kaplan et al. 2020: two forward, four backward
+    ours = iteration(torch.compile(network) if device.type == "cuda" else network, dtype, device.type in ("cpu", "cuda"),
+                     idx.split(CPU_BATCH) if device.type == "cpu" else [idx])
+    theirs = iteration(textbook, torch.float32, False, [idx])
+    for warm_up in theirs, ours, ours:
+        warm_up()
+    memory = {}
+    if device.type == "cuda":
+        for name, run in ("textbook", theirs), ("ours", ours):
+            torch.cuda.reset_peak_memory_stats(device)
+            run()
+            memory[name] = peak_memory(device)
+    slow, fast = alternate(theirs, ours, args.repeats)
+    a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
+    matmul = statistics.median(seconds(lambda: (a @ b).sum().item()) for _ in range(5))
+    peak = 2 * 4096 ** 3 / matmul
+    print(f"one iteration of {batch_size} x {config.block_size} tokens on {device.type}, {str(dtype)[6:]} (the textbook's: float32)")
+    for name, time_ in ("textbook", slow), ("ours", fast):
+        held = f", {memory[name] / 1e9:.2f} GB" if memory else ""
+        print(f"{name:10}{time_:9.4f} s {1 / time_:9.2f} iterations/s {tokens / time_:12,.0f} tokens/s"
+              f"{flops / time_ / 1e9:10,.0f} GFLOP/s{held}")
+    print(f"{slow / fast:.2f} times faster; {flops / fast / peak:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a large matrix product")
+    if not memory:
+        print(f"peak memory of the process, both networks in it: {peak_memory(device) / 1e9:.2f} GB")
+
+
+def bench_sample(args):
+    """Tokens a second of one stream, and of 64, from a full context on, in turn."""
+    import torch
+
+    from model import GPT, GPTConfig
+    from textbook_gpt import TextbookGPT, copy_weights
+
+    config = GPTConfig()
+    textbook, network = TextbookGPT(config).eval(), GPT(config).eval()
+    copy_weights(textbook, network)
+    prompt = torch.randint(config.vocab_size, (1, config.block_size))
+    samplers = {"textbook": (lambda: textbook.generate(prompt, 60), 60),
+                "ours, one stream": (lambda: network.generate(prompt, 1000), 1000),
+                "ours, 64 streams": (lambda: network.generate(prompt.expand(64, -1), 150), 64 * 150)}
+    with contextlib.suppress(ImportError):
+        from transformers import GPT2Config, GPT2LMHeadModel
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=256, n_embd=228, n_head=6, n_layer=5)).eval()
+        samplers["Hugging Face GPT-2"] = lambda: gpt2.generate(prompt[:, :1], max_new_tokens=250, min_new_tokens=250, do_sample=True), 250
+    rates = {name: [] for name in samplers}
+    for _ in range(args.repeats):
+        for name, (run, count) in samplers.items():
+            rates[name].append(count / seconds(run))
+    base = statistics.median(rates["textbook"])
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        print(f"{name:20}{rate:10,.0f} tokens/s{rate / base:8.1f} times the textbook")
+
+
+def bench_quantize(args):
+    """Int8 against float32, in turn: one stream, 64 streams, and reading 8 windows of 256 tokens."""
+    import torch
+
+    from model import GPT, GPTConfig, load_model, quantize_dynamic, save_checkpoint
+
+    config = GPTConfig()
+    network = GPT(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder) / "int8.pt", {"config": vars(config), "model": quantize_dynamic(network), "int8": True})
+        int8, _ = load_model(Path(folder) / "int8.pt")
+    prompt = torch.randint(config.vocab_size, (8, config.block_size))
+
+    @torch.inference_mode()
+    def read(model):
+        for _ in range(4):
+            model(prompt)
+
+    for name, job in (("one stream", lambda model: model.generate(prompt[:1], 500)),
+                      ("64 streams", lambda model: model.generate(prompt.repeat(8, 1), 100)),
+                      ("reading 8 x 256 tokens", read)):
+        job(network), job(int8)
+        slow, fast = alternate(lambda: job(network), lambda: job(int8), args.repeats)
+        print(f"{name:24}float32 {slow:7.3f} s    int8 {fast:7.3f} s    int8 is {slow / fast:5.2f} times as fast")
+
+
 # ---------------------------------------------------------------------------- command line
 
 
@@ -142,6 +267,15 @@ def parse_args():
                      help="rounds, of which the median counts (default: 1; the textbook takes minutes)")
     sub.add_argument("--megabytes", type=sizes, metavar="N,N,...",
                      help="measure texts of these sizes instead: time and peak memory as a Markdown table")
+    for function, summary in ((bench_train, "an iteration of training, against the textbook network's"),
+                              (bench_sample, "sampling, against the textbook's and, where installed, Hugging Face transformers'"),
+                              (bench_quantize, "int8 against float32")):
+        sub = commands.add_parser(function.__name__[6:], help=summary, description=summary)
+        sub.set_defaults(function=function)
+        sub.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds, of which the median counts (default: 5)")
+        if function is bench_train:
+            sub.add_argument("--batch_size", type=int, default=64, metavar="N", help="sequences in a batch (default: 64)")
+            sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
     return parser.parse_args()
 
 

@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = n_embd /
 """
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from tokenizer import atomic_write
+
+CPU_BATCH = 4  # sequences that a CPU trains on at once: what they leave for the backward pass stays in its cache
 
 
 @dataclass
@@ -78,49 +80,44 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(width, config.n_embd)
         self.dropout = config.dropout
 
-    def forward(self, x: torch.Tensor, cache: "LayerCache | None" = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, tokens so far, D)
+        if cache is not None:  # of a Decoder, which will need them
+            cache[0][..., :T], cache[1][:, :, :T] = k.transpose(2, 3), v
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-    """Causal scaled dot-product attention. q: (B, H, T, D); k, v: (B, H, S, D), S = T or, for one query, S >= 1.
+    """Causal scaled dot-product attention. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
-    `dropout` is the probability with which each attention weight is dropped. Returns (B, H, T, D).
+    `dropout` is the probability with which each attention weight is dropped.
     """
     if q.device.type == "cpu" and dropout:
         return attend_in_pieces(q, k, v, dropout)
-    causal = q.shape[2] > 1  # a single query is the last token: it may see every key
     D = q.shape[-1]
     if q.device.type == "cuda" and D % 8:
         # the fused kernels for half precision want a multiple of 8 channels; zeros change neither scores nor values
         q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=D ** -0.5)[..., :D]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=D ** -0.5)[..., :D]
 
 
 def attend_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
     """`attend` for training on a CPU, where PyTorch has no fused kernel with dropout. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
-    Four sequences and 64 queries at a time keep the weights in the processor's cache, and keys that lie in the future of
-    all 64 are never looked at: four times as fast as the whole (B, H, T, T) tensor at once.
+    Takes 64 queries at a time, so that keys that lie in the future of all 64 are never looked at.
     """
     B, H, T, D = q.shape
     v = v * (1 / (1 - dropout))  # in place of scaling the weights, of which there are more
-    q, k, v = (t.reshape(B * H, T, D).split(4 * H) for t in (q, k, v))
-    future = torch.full((T, T), float("-inf"), dtype=v[0].dtype).triu(1)
-    y = []
-    for q, k, v in zip(q, k, v):  # each (4 * H, T, D)
-        rows = []
-        for start in range(0, T, 64):
-            end = min(start + 64, T)
-            weights = torch.baddbmm(future[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2), alpha=D ** -0.5).softmax(-1)
-            rows.append(torch.bmm(weights * keep_mask(weights.shape, dropout), v[:, :end]))  # (4 * H, 64, D)
-        y.append(torch.cat(rows, dim=1))
-    return torch.cat(y).view(B, H, T, D)
+    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
+    future = torch.full((T, T), float("-inf"), dtype=v.dtype).triu(1)
+    rows = []
+    for start in range(0, T, 64):
+        end = min(start + 64, T)
+        weights = torch.baddbmm(future[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2), alpha=D ** -0.5).softmax(-1)
+        rows.append(torch.bmm(weights * keep_mask(weights.shape, dropout), v[:, :end]))  # (B * H, 64, D)
+    return torch.cat(rows, dim=1).view(B, H, T, D)
 
 
 class FeedForward(nn.Module):
@@ -133,7 +130,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.relu(self.up(x)))
+        # flattened to (B * T, C), as a ReLU in place costs a copy where the layer before returns a view
+        return self.down(self.relu(self.up(x.flatten(0, 1)))).view_as(x)
 
 
 class Block(nn.Module):
@@ -147,24 +145,9 @@ class Block(nn.Module):
         self.ffwd = FeedForward(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: "LayerCache | None" = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         x = x + self.dropout(self.attn(self.ln_1(x), cache))
         return x + self.dropout(self.ffwd(self.ln_2(x)))
-
-
-class LayerCache:
-    """The keys and values one attention layer has seen, in buffers allocated once. k, v: (B, H, block_size, D)."""
-
-    def __init__(self, batch_size: int, config: GPTConfig, like: torch.Tensor):
-        shape = batch_size, config.n_head, config.block_size, config.head_size
-        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds k and v, (B, H, T, D), and returns all there are so far, (B, H, length, D)."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start:self.length] = k
-        self.v[:, :, start:self.length] = v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
 class GPT(nn.Module):
@@ -190,15 +173,15 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def hidden(self, idx: torch.Tensor, caches: list[LayerCache] | None = None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, caches: list[tuple[torch.Tensor, torch.Tensor]] | None = None) -> torch.Tensor:
         """The normalised residual stream after the last block. idx: (B, T) int64 -> (B, T, C).
 
-        With `caches`, one for each layer, idx continues the tokens that went through them before.
+        Each layer leaves its keys and values in its pair of `caches`, as `Decoder` describes them.
         """
-        T, start = idx.shape[1], caches[0].length if caches else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
-        x = self.token_embedding(idx) + self.position_embedding.weight[start:start + T]  # (B, T) -> (B, T, C)
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
+        x = self.token_embedding(idx) + self.position_embedding.weight[:T]  # (B, T) -> (B, T, C)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x = block(x, cache)
         return self.ln(x)
@@ -212,7 +195,7 @@ class GPT(nn.Module):
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed)
         return torch.cat([idx, *(token[:, None] for token in new)], dim=1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                top_p: float | None = None, seed: int | None = None) -> Iterator[torch.Tensor]:
         """Yields max_new_tokens times the next token of each row, (B,) int64, as soon as it is sampled.
@@ -226,26 +209,81 @@ class GPT(nn.Module):
         training, block_size = self.training, self.config.block_size
         self.eval()
         try:
-            window = idx[:, -block_size:]
-            logits, caches = self.prefill(window)
+            decoder, window = Decoder(self, len(idx)), idx[:, -block_size:]
+            logits = decoder.prefill(window)
             for step in range(max_new_tokens):
                 if step % 256 == 0:  # one draw for many steps: a call for each row and step would cost more than the step
-                    uniform = torch.stack([torch.rand(256, generator=g) for g in generators]).to(idx.device)
-                token = sample(logits, uniform[:, step % 256], temperature, top_k, top_p)  # (B, V) -> (B,)
+                    uniform = torch.stack([torch.rand(256, generator=g) for g in generators], dim=1).to(idx.device)
+                token = sample(logits, uniform[step % 256], temperature, top_k, top_p)  # (B, V) -> (B,)
                 yield token
-                window = torch.cat([window[:, 1 - block_size:], token[:, None]], dim=1)
-                if caches[0].length < block_size:
-                    logits = self.head(self.hidden(token[:, None], caches)[:, -1])
+                if decoder.length < block_size:
+                    logits = decoder.step(token)
                 else:
                     # Positions are learned, so a full window cannot slide: keep its recent half, read once, and go on.
-                    logits, caches = self.prefill(window[:, -max(1, block_size // 2):])
+                    recent = decoder.tokens[:, block_size - max(1, block_size // 2) + 1:]
+                    logits = decoder.prefill(torch.cat([recent, token[:, None]], dim=1))
         finally:
             self.train(training)
 
-    def prefill(self, idx: torch.Tensor) -> tuple[torch.Tensor, list[LayerCache]]:
-        """Reads a prompt in one pass. idx: (B, T) int64 -> logits of the token after it (B, V), and the filled caches."""
-        caches = [LayerCache(len(idx), self.config, self.position_embedding.weight) for _ in self.blocks]
-        return self.head(self.hidden(idx, caches)[:, -1]), caches
+
+class Decoder:
+    """Predicts one token after the other, keeping the keys and values of those before in buffers allocated once.
+
+    k: (n_layer, B, H, D, block_size), v: (n_layer, B, H, block_size, D), tokens: (B, block_size) int64; `length` of them are
+    filled. A step is `GPT.forward` for one position, in as few operations as it takes: in a network this small, starting an
+    operation takes as long as its arithmetic.
+    """
+
+    def __init__(self, model: GPT, batch_size: int):
+        self.model, config, self.length = model, model.config, 0
+        weight, shape = model.position_embedding.weight, (config.n_layer, batch_size, config.n_head)
+        self.k = weight.new_empty(*shape, config.head_size, config.block_size)
+        self.v = weight.new_empty(*shape, config.block_size, config.head_size)
+        self.tokens = torch.empty(batch_size, config.block_size, dtype=torch.int64, device=weight.device)
+        self.unused = weight.new_empty(1, 1, 1)
+        self.layers = [(norm(block.ln_1), few_rows(block.attn.qkv), few_rows(block.attn.proj),
+                        norm(block.ln_2), few_rows(block.ffwd.up), few_rows(block.ffwd.down)) for block in model.blocks]
+        self.ln, self.head = norm(model.ln), few_rows(model.head)
+
+    @torch.inference_mode()
+    def prefill(self, idx: torch.Tensor) -> torch.Tensor:
+        """Forgets all, reads idx (B, T) int64 in one pass, and returns the logits of the token after it, (B, V)."""
+        self.length = idx.shape[1]
+        self.tokens[:, :self.length] = idx
+        return self.model.head(self.model.hidden(idx, list(zip(self.k, self.v)))[:, -1])
+
+    @torch.inference_mode()
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Reads one more token of each row, (B,) int64, and returns the logits of the one after it, (B, V)."""
+        t, (B, H, D, _) = self.length, self.k.shape[1:]
+        self.tokens[:, t] = token
+        self.length = end = t + 1
+        x = F.embedding(token, self.model.token_embedding.weight) + self.model.position_embedding.weight[t]  # (B, C)
+        for (ln_1, qkv, proj, ln_2, up, down), k_seen, v_seen in zip(self.layers, self.k, self.v):
+            q, k, v = qkv(ln_1(x)).view(B, 3, H, D).unbind(1)  # each (B, H, D)
+            k_seen[..., t], v_seen[:, :, t] = k, v
+            k_seen, v_seen = k_seen.view(B * H, D, -1)[..., :end], v_seen.view(B * H, -1, D)[:, :end]
+            scores = torch.baddbmm(self.unused, q.reshape(B * H, 1, D), k_seen, beta=0, alpha=D ** -0.5)  # (B * H, 1, end)
+            y = torch.bmm(scores.softmax(-1), v_seen)  # (B * H, 1, D)
+            x = x + proj(y.view(B, H * D))
+            x = x + down(up(ln_2(x)).relu_())
+        return self.head(self.ln(x))
+
+
+def norm(layer: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function a LayerNorm is, without what calling a module costs."""
+    shape, weight, bias = layer.normalized_shape, layer.weight, layer.bias
+    return lambda x: torch.layer_norm(x, shape, weight, bias)
+
+
+def few_rows(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that does what a linear layer does, for an input of few rows, (B, in) -> (B, out)."""
+    if isinstance(layer, Int8Linear):
+        return layer.forward
+    bias, weight = layer.bias, layer.weight.t()  # (in, out)
+    if weight.shape[0] < weight.shape[1]:
+        weight = weight.contiguous()  # one row times a wide matrix is faster in this layout, times a narrow one in the other
+    return (lambda x: torch.mm(x, weight)) if bias is None else (lambda x: torch.addmm(bias, x, weight))
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
@@ -311,6 +349,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device(kind if name == "auto" else name)
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format asked for; `auto` is bfloat16 on GPUs that have it in hardware, else float16 there, float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    # torch.cuda.is_bf16_supported() says yes on a T4, too, which emulates it slowly
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
 class Int8Linear(nn.Module):
     """nn.Linear with int8 weights, one scale for each output channel; it quantizes its input, too, each time it is called.
 
@@ -328,7 +376,7 @@ class Int8Linear(nn.Module):
         self.memory_bytes = weight.numel() + 4 * len(scale) * (1 if bias is None else 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_dynamic(x, self.packed)
+        return torch.ops.quantized.linear_dynamic.default(x, self.packed)
 
 
 def quantize_dynamic(model: GPT) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import (GPT, GPTConfig, choose_device, load_checkpoint, load_model, mean_loss, save_checkpoint, side_by_side,
+from model import (CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss, save_checkpoint, side_by_side,
                    split, windows)
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, atomic_write, read_text
 
@@ -53,16 +53,6 @@ def load_tokenizer(out_dir: Path, data_path: Path, vocab_size: int) -> BasicToke
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format asked for; `auto` is bfloat16 on GPUs that have it in hardware, else float16 there, float32 elsewhere."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type != "cuda":
-        return torch.float32
-    # torch.cuda.is_bf16_supported() says yes on a T4, too, which emulates it slowly
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
 
 def build_optimizer(model: GPT, args: argparse.Namespace, device: torch.device) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) that decays the matrices only, not biases and norms."""
@@ -184,10 +174,8 @@ class Trainer:
             self.join_others()
         self.dtype = choose_dtype(args.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        parts = self.world_size * args.gradient_accumulation_steps
-        if args.batch_size % parts:
-            raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it a multiple of {parts} "
-                             "(processes times --gradient_accumulation_steps)")
+        if args.batch_size % self.world_size:
+            raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it a multiple of {self.world_size} processes")
         self.load_text()
 
         torch.manual_seed(args.seed)
@@ -295,14 +283,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.iteration, args)
         starts = torch.randint(len(data) - args.block_size, (args.batch_size,), generator=self.batches, device=self.device)
-        parts = starts.chunk(self.world_size)[self.rank].chunk(args.gradient_accumulation_steps)
+        mine = starts.chunk(self.world_size)[self.rank]
+        parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else (
+            mine.split(CPU_BATCH) if self.device.type == "cpu" else [mine])
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(parts, 1):
             wait = self.world_size > 1 and i < len(parts)  # the ranks exchange gradients once, after the last part
             with self.step_model.no_sync() if wait else contextlib.nullcontext():
                 with self.autocast:
-                    loss = self.step_model(*windows(data, part, args.block_size))[1] / len(parts)
+                    loss = self.step_model(*windows(data, part, args.block_size))[1] * (len(part) / len(mine))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -381,7 +371,7 @@ class Trainer:
         for layer, (out, grad) in enumerate(zip(outputs, gradients), 1):
             stats |= {f"relu{layer}_mean": out.mean().item(), f"relu{layer}_std": out.std().item(),
                       f"relu{layer}_zeros": (out == 0).float().mean().item(),
-                      f"relu{layer}_dead": (out == 0).flatten(0, 1).all(0).float().mean().item(),
+                      f"relu{layer}_dead": (out == 0).flatten(0, -2).all(0).float().mean().item(),
                       f"relu{layer}_grad_mean": grad.mean().item(), f"relu{layer}_grad_std": grad.std().item()}
         for name, tensors in ("relu", outputs), ("relu_grad", gradients):
             counts, edges = zip(*(np.histogram(t.detach().float().cpu().numpy(), 100) for t in tensors))
@@ -443,7 +433,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(network, "dropout", config.dropout, 0, "share of activations dropped while training, less than 1")
     training = parser.add_argument_group("training")
     flag(training, "batch_size", 64, 1, "sequences in a batch, all processes together")
-    flag(training, "gradient_accumulation_steps", 1, 1, "parts a batch is computed in, to save memory")
+    flag(training, "gradient_accumulation_steps", 0, 0, "parts a batch is computed in, one after the other; 0: one, or on a CPU "
+                                                         f"as many as there are {CPU_BATCH} sequences, which is fastest")
     flag(training, "max_iters", 5000, 1, "iterations in all")
     flag(training, "learning_rate", 3e-4, 0, "step size of AdamW")
     flag(training, "warmup_iters", 0, 0, "iterations over which the learning rate rises from 0")
