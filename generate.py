@@ -130,3 +130,5 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"generate.py: {error}")
+    except KeyboardInterrupt:  # before the first token
+        sys.exit(130)

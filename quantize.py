@@ -85,3 +85,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"quantize.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -31,11 +31,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import (CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss, save_checkpoint, side_by_side,
-                   split, windows)
+from model import (CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss, save_checkpoint,
+                   side_by_side, split, windows)
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, atomic_write, read_text
 
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
+LAST_ENTRIES = {"iteration", "optimizer", "scaler", "batches", "random", "args", "text", "tokenizer", "best", "seconds", "metrics"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -89,9 +90,12 @@ class Stop:
 # ------------------------------------------------------------------------------------------------- the folder of a run
 
 def lock(out_dir: Path):
-    """Holds out_dir for this process, until it ends in whatever way. Raises ValueError if another training holds it."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = open(out_dir / ".lock", "w")
+    """Holds out_dir, made if need be, until this process ends in whatever way. Raises ValueError if another training holds it."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        file = open(out_dir / ".lock", "w")
+    except OSError as error:
+        raise OSError(f"cannot write into --out_dir {out_dir}: {error.strerror}") from error
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +127,7 @@ def load_last(out_dir: Path) -> dict:
     for name in "last.pt", "last.pt.new", "last.pt.old":
         try:
             last = load_checkpoint(out_dir / name)
-            if "optimizer" not in last:
+            if not last.keys() >= LAST_ENTRIES:
                 raise ValueError(f"{out_dir / name} holds no training to resume")
         except ValueError as error:
             errors.append(error)
@@ -478,12 +482,13 @@ def main() -> None:
     master = int(os.environ.get("RANK", 0)) == 0
     if master:
         held = lock(args.out_dir)  # until this process ends
-        if not args.resume:
-            set_aside(args.out_dir)
         if args.data_path == DEFAULT_TEXT and not DEFAULT_TEXT.exists():
-            subprocess.run([sys.executable, DEFAULT_TEXT.with_name("prepare.py")], check=True)
+            if subprocess.run([sys.executable, DEFAULT_TEXT.with_name("prepare.py")]).returncode:
+                sys.exit(1)  # it has said why
     trainer = Trainer(args, last)
     if master:
+        if not args.resume:
+            set_aside(args.out_dir)
         print(trainer.summary())
     trainer.run()
     if master and trainer.stop.requested:
@@ -506,3 +511,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:  # before training began, or the second one
+        sys.exit(128 + signal.SIGINT)

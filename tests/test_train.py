@@ -3,6 +3,7 @@ import csv
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,3 +306,27 @@ def test_an_interrupt_ends_all_processes_and_saves(tiny_text, tmp_path):
     out, _ = process.communicate(timeout=60)
     assert "stopped and saved at iteration" in out
     assert load_checkpoint(tmp_path / "last.pt")["iteration"] > 0
+
+
+# the first run of a fresh clone
+
+@pytest.fixture
+def fresh_clone(tmp_path):
+    """The scripts alone, in a folder without a text, and a network where nothing answers."""
+    (tmp_path / "data").mkdir()
+    for name in "train.py", "model.py", "tokenizer.py", "data/prepare.py":
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path, os.environ | {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTPS_PROXY")}
+
+
+def test_without_text_and_network_it_says_what_to_do(fresh_clone):
+    folder, env = fresh_clone
+    process = subprocess.run([sys.executable, folder / "train.py", *TINY], capture_output=True, text=True, env=env, timeout=120)
+    assert "--data_path" in complaint(process) and not (folder / "checkpoints" / "model.pt").exists()
+
+
+def test_the_default_text_is_used_where_it_lies(fresh_clone, tiny_text):
+    folder, env = fresh_clone
+    shutil.copy(tiny_text, folder / "data" / "input.txt")
+    process = subprocess.run([sys.executable, folder / "train.py", *TINY, "--max_iters", "2"], capture_output=True, text=True, env=env, timeout=120)
+    assert process.returncode == 0 and (folder / "checkpoints" / "model.pt").exists(), process.stderr
