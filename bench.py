@@ -4,11 +4,12 @@
     python bench.py tokenizer --megabytes 1,10,100     # time and memory against the size of the text
     python bench.py train                              # an iteration, against the textbook network's
     python bench.py sample                             # tokens a second, against the textbook sampler and Hugging Face's
-    python bench.py quantize                           # int8 against float32
+    python bench.py quantize                           # ways to quantize a trained network, against float32
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import os
 import resource
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import DEFAULT_TEXT, BasicTokenizer, read_text
+from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, read_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))  # the reference implementations live there
 
@@ -220,29 +221,76 @@ def bench_sample(args):
 
 
 def bench_quantize(args):
-    """Int8 against float32, in turn: one stream, 64 streams, and reading 8 windows of 256 tokens."""
+    """Ways to quantize a trained network, as a Markdown table; the speeds of all are measured in turn."""
     import torch
 
-    from model import GPT, GPTConfig, load_model, quantize_dynamic, save_checkpoint
+    from model import Int8Linear, load_model, mean_loss, quantize_dynamic, side_by_side, split, use_int8
 
-    config = GPTConfig()
-    network = GPT(config).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder) / "int8.pt", {"config": vars(config), "model": quantize_dynamic(network), "int8": True})
-        int8, _ = load_model(Path(folder) / "int8.pt")
-    prompt = torch.randint(config.vocab_size, (8, config.block_size))
+    tokenizer = BasicTokenizer(out_dir=args.out_dir)
+    network, checkpoint = load_model(args.out_dir / "model.pt", tokenizer.fingerprint)
+    _, val = split(tokenizer.encode_array(read_text(args.data_path)), network.config.block_size)
+    val = torch.from_numpy(val.astype(np.int64))
+    starts = side_by_side(val, network.config.block_size)
+    floats, per_channel = network.state_dict(), quantize_dynamic(network)
+
+    def float_embeddings(weights):
+        return {name: floats[name] if "embedding" in name else weight for name, weight in weights.items()
+                if not name.endswith("embedding.scale")}
+
+    def per_tensor(weights):
+        weights = dict(weights)
+        for name in [name for name, weight in weights.items() if weight.dtype == torch.int8 and "embedding" not in name]:
+            scale = floats[name].abs().max() / 127
+            weights[name] = (floats[name] / scale).round().to(torch.int8)
+            weights[name.replace(".weight", ".scale")] = scale.repeat(len(floats[name]))
+        return weights
+
+    class ReducedRange(Int8Linear):
+        def forward(self, x):
+            return torch.ops.quantized.linear_dynamic.default(x, self.packed, True)
+
+    def build(weights, linear=Int8Linear):
+        weights, model = dict(weights), copy.deepcopy(network)
+        for name in "token_embedding", "position_embedding":  # `use_int8` expects them quantized
+            if f"{name}.scale" not in weights:
+                weights[f"{name}.scale"] = torch.ones(len(weights[f"{name}.weight"]))
+        use_int8(model, weights)
+        model.load_state_dict(weights, assign=True)
+        for layer in model.modules():
+            if isinstance(layer, Int8Linear):
+                layer.__class__ = linear
+        return model
+
+    variants = {
+        "float32": (floats, network),
+        "**per channel, embeddings too**": (per_channel, build(per_channel)),
+        "per channel, embeddings in float32": (float_embeddings(per_channel), build(float_embeddings(per_channel))),
+        "per tensor": (per_tensor(per_channel), build(per_tensor(per_channel))),
+        "per channel, inputs in 7 bits": (per_channel, build(per_channel, ReducedRange)),
+    }
+    one, eight = torch.tensor([tokenizer.encode_array("\n").tolist()]), val[:8 * 256].view(8, 256)
 
     @torch.inference_mode()
     def read(model):
         for _ in range(4):
-            model(prompt)
+            model(eight)
 
-    for name, job in (("one stream", lambda model: model.generate(prompt[:1], 500)),
-                      ("64 streams", lambda model: model.generate(prompt.repeat(8, 1), 100)),
-                      ("reading 8 x 256 tokens", read)):
-        job(network), job(int8)
-        slow, fast = alternate(lambda: job(network), lambda: job(int8), args.repeats)
-        print(f"{name:24}float32 {slow:7.3f} s    int8 {fast:7.3f} s    int8 is {slow / fast:5.2f} times as fast")
+    jobs = (lambda model: model.generate(one, 400, seed=0)), (lambda model: model.generate(one.expand(64, -1), 100, seed=0)), read
+    times = {name: [[] for _ in jobs] for name in variants}
+    for _ in range(args.repeats + 1):  # the first round warms up
+        for name, (_, model) in variants.items():
+            for job, list_ in zip(jobs, times[name]):
+                list_.append(seconds(lambda: job(model)))
+    print(f"{args.out_dir / 'model.pt'}, iteration {checkpoint['iteration']}; speeds are ratios to float32\n")
+    print("| weights | file | validation loss | one stream | 64 streams | reading 8 x 256 |\n|---|---:|---:|---:|---:|---:|")
+    base, base_loss = None, None
+    for name, (weights, model) in variants.items():
+        buffer, loss = io.BytesIO(), mean_loss(model, val, starts)
+        torch.save({"model": weights}, buffer)
+        speed = [statistics.median(list_[1:]) for list_ in times[name]]
+        base, base_loss = base or speed, base_loss or loss
+        print(f"| {name} | {len(buffer.getvalue()) / 1e6:.2f} MB | {loss:.4f} ({loss / base_loss - 1:+.2%}) | "
+              + " | ".join(f"{slow / fast:.2f}" for slow, fast in zip(base, speed)) + " |")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -269,10 +317,13 @@ def parse_args():
                      help="measure texts of these sizes instead: time and peak memory as a Markdown table")
     for function, summary in ((bench_train, "an iteration of training, against the textbook network's"),
                               (bench_sample, "sampling, against the textbook's and, where installed, Hugging Face transformers'"),
-                              (bench_quantize, "int8 against float32")):
+                              (bench_quantize, "ways to quantize a trained network, against float32")):
         sub = commands.add_parser(function.__name__[6:], help=summary, description=summary)
         sub.set_defaults(function=function)
         sub.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds, of which the median counts (default: 5)")
+        if function is bench_quantize:
+            sub.add_argument("--out_dir", type=Path, default=CHECKPOINTS, help="folder of the trained run (default: checkpoints/)")
+            sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, help="its text (default: data/input.txt)")
         if function is bench_train:
             sub.add_argument("--batch_size", type=int, default=64, metavar="N", help="sequences in a batch (default: 64)")
             sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")

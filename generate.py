@@ -12,7 +12,6 @@ network reads its more recent half once more and goes on from there.
 import argparse
 import codecs
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -109,8 +108,7 @@ def main() -> None:
     if len(ids) > model.config.block_size:
         print(f"the prompt has {len(ids)} tokens: only the last {model.config.block_size} count", file=sys.stderr)
     idx = torch.tensor([ids], device=device).expand(args.num_samples, -1)
-    seed = secrets.randbits(32) if args.seed is None else args.seed
-    tokens = model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, seed)
+    tokens = model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
 
     started = time.perf_counter()
     with atomic_write(args.out) if args.out else nullcontext(sys.stdout.buffer) as file:

@@ -7,6 +7,7 @@ The network: a decoder-only Transformer (GPT), its key/value cache and its check
 
 Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = n_embd // n_head channels, V = vocab_size.
 """
+import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -203,8 +204,11 @@ class GPT(nn.Module):
         temperature divides the logits (0 always takes the likeliest token); top_k keeps the k likeliest tokens, top_p the
         likeliest whose probabilities reach p together (Holtzman et al. 2020). Each row has a random stream of its own,
         made from seed and the row's number; without a seed every call differs. Only the last block_size tokens of idx count.
+        Raises ValueError if idx holds none.
         """
-        seed = torch.seed() if seed is None else seed
+        if idx.shape[1] == 0:
+            raise ValueError("nothing to continue: idx must hold at least one token a row")
+        seed = secrets.randbits(32) if seed is None else seed
         generators = [torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + row) % 2**63) for row in range(len(idx))]
         training, block_size = self.training, self.config.block_size
         self.eval()

@@ -15,9 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from tokenizer import atomic_write
+from tokenizer import CHECKPOINTS, atomic_write
 
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 MAX_BYTES = 2**26  # both files are some kilobytes; anything near this is not one of ours
 
 KNOWN_COLUMNS = ("iteration", "tokens_seen", "epochs", "learning_rate")  # a number in every row, however it goes

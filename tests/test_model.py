@@ -192,6 +192,17 @@ def test_a_sample_does_not_depend_on_those_beside_it(small):
     assert len({tuple(row) for row in fifty.tolist()}) == 50
 
 
+def test_an_empty_prompt_is_refused(small):
+    with pytest.raises(ValueError, match="at least one token"):
+        small.generate(torch.empty(1, 0).long(), 3)
+
+
+def test_sampling_without_a_seed_leaves_the_random_state_of_training_alone(small):
+    before = torch.get_rng_state()
+    small.generate(random_ids(1, 1), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_sampling_leaves_the_mode_of_the_network_alone(small):
     small.train()
     small.generate(random_ids(1, 1), 3)
