@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from tokenizer import atomic_write
 
+LAST_WITH_INT8 = "the last version known to have it is 2.13; pip install torch==2.13.0"
 CPU_BATCH = 4  # sequences that a CPU trains on at once: what they leave for the backward pass stays in its cache
 
 
@@ -371,7 +372,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
-        torch.backends.quantized.engine = "x86" if "x86" in torch.backends.quantized.supported_engines else "qnnpack"
+        torch.backends.quantized.engine = int8_engine()
         zero_points = torch.zeros(len(scale), dtype=torch.int64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # quantized tensors are marked deprecated; they work up to PyTorch 2.13 at least
@@ -383,6 +384,14 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic.default(x, self.packed)
 
 
+def int8_engine() -> str:
+    """The int8 kernels of this machine's processor: x86, or qnnpack on ARM. Raises RuntimeError if PyTorch has neither."""
+    there = [engine for engine in ("x86", "qnnpack") if engine in torch.backends.quantized.supported_engines]
+    if not there:
+        raise RuntimeError(f"PyTorch {torch.__version__} has no int8 kernels for this machine: {LAST_WITH_INT8}")
+    return there[0]
+
+
 def quantize_dynamic(model: GPT) -> dict[str, torch.Tensor]:
     """The weights of a network on the CPU with every matrix in int8: what an int8 checkpoint holds as `model`.
 
@@ -392,7 +401,7 @@ def quantize_dynamic(model: GPT) -> dict[str, torch.Tensor]:
     try:
         from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     except ImportError as error:
-        raise RuntimeError(f"PyTorch {torch.__version__} has no torch.ao.quantization any more: install torch 2.13") from error
+        raise RuntimeError(f"PyTorch {torch.__version__} has no torch.ao.quantization: {LAST_WITH_INT8}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # marked deprecated
         quantized = quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig})

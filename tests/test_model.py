@@ -307,6 +307,31 @@ def test_an_int8_checkpoint_brings_back_the_same_logits(small, tmp_path):
     assert (tmp_path / "int8.pt").stat().st_size <= 0.27 * (tmp_path / "model.pt").stat().st_size
 
 
+@pytest.mark.parametrize("engine", ["x86", "qnnpack"])  # qnnpack is what ARM has; here it runs on any processor
+def test_int8_works_with_the_kernels_of_either_processor(tmp_path, monkeypatch, engine):
+    if engine not in torch.backends.quantized.supported_engines:
+        pytest.skip(f"this PyTorch was built without {engine}")
+    torch.manual_seed(0)
+    network, idx = GPT(GPTConfig()).eval(), random_ids(2, 64, vocab_size=500)
+    save(tmp_path / "int8.pt", network, model=quantize_dynamic(network), int8=True)
+    monkeypatch.setattr(model_module, "int8_engine", lambda: engine)
+    int8, _ = load_model(tmp_path / "int8.pt")
+    assert (int8(idx)[0] - network(idx)[0]).norm() / network(idx)[0].norm() < 0.05
+    assert torch.equal(int8.generate(idx, 5, seed=0), int8.generate(idx, 5, seed=0))
+
+
+def test_a_pytorch_without_quantization_says_which_version_has_it(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.ao.quantization", None)  # importing it fails
+    with pytest.raises(RuntimeError, match="the last version known to have it is 2.13"):
+        quantize_dynamic(small)
+
+
+def test_quantizing_and_loading_int8_print_no_warning(small, tmp_path, recwarn):
+    save(tmp_path / "int8.pt", small, model=quantize_dynamic(small), int8=True)
+    load_model(tmp_path / "int8.pt")[0](random_ids(1, 4))
+    assert not recwarn.list
+
+
 def test_a_foreign_tokenizer_is_refused(small, tmp_path):
     save(tmp_path / "model.pt", small)
     with pytest.raises(ValueError, match="another tokenizer"):

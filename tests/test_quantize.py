@@ -19,7 +19,7 @@ def test_it_prints_before_and_after_and_two_samples(tiny_run, tiny_text):
     assert list(rows) == ["size on disk, MB", "size in memory, MB", "validation loss, nats per token",
                           "validation loss, nats per character", "sampling, tokens a second"]
     before, after, ratio = map(float, rows["validation loss, nats per token"])
-    assert abs(before - load_checkpoint(tiny_run / "model.pt")["val_loss"]) < 1e-3 and 0.99 < ratio < 1.01
+    assert abs(before - load_checkpoint(tiny_run / "model.pt")["val_loss"]) < 1e-3 and ratio <= 1.003
     assert "--- float32, seed" in process.stdout and "--- int8, seed" in process.stdout and not process.stderr
 
 
