@@ -411,8 +411,9 @@ def quantize_dynamic(model: GPT) -> dict[str, torch.Tensor]:
             weight = module.weight()  # (out, in) of PyTorch's own quantized type
             weights[f"{name}.weight"], weights[f"{name}.scale"] = weight.int_repr(), weight.q_per_channel_scales().float()
         elif isinstance(module, nn.Embedding):
-            scale = module.weight.detach().abs().amax(1) / 127
-            weights[f"{name}.weight"], weights[f"{name}.scale"] = (module.weight.detach() / scale[:, None]).round().to(torch.int8), scale
+            weight = module.weight.detach()
+            scale = (weight.abs().amax(1) / 127).clamp(min=1e-30)  # of a row of zeros, too
+            weights[f"{name}.weight"], weights[f"{name}.scale"] = (weight / scale[:, None]).round().to(torch.int8), scale
     return weights
 
 
