@@ -221,6 +221,8 @@ class GPT(nn.Module):
                     uniform = torch.stack([torch.rand(256, generator=g) for g in generators], dim=1).to(idx.device)
                 token = sample(logits, uniform[step % 256], temperature, top_k, top_p)  # (B, V) -> (B,)
                 yield token
+                if step + 1 == max_new_tokens:
+                    return
                 if decoder.length < block_size:
                     logits = decoder.step(token)
                 else:
@@ -245,7 +247,7 @@ class Decoder:
         self.k = weight.new_empty(*shape, config.head_size, config.block_size)
         self.v = weight.new_empty(*shape, config.block_size, config.head_size)
         self.tokens = torch.empty(batch_size, config.block_size, dtype=torch.int64, device=weight.device)
-        self.unused = weight.new_empty(1, 1, 1)
+        self.unused = weight.new_zeros(1, 1, 1)  # to be added nothing to
         self.layers = [(norm(block.ln_1), few_rows(block.attn.qkv), few_rows(block.attn.proj),
                         norm(block.ln_2), few_rows(block.ffwd.up), few_rows(block.ffwd.down)) for block in model.blocks]
         self.ln, self.head = norm(model.ln), few_rows(model.head)
@@ -296,7 +298,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0
     """Draws a token for each row by inverse transform sampling. logits: (B, V); uniform: (B,) in [0, 1) -> (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # at most 0, as tiny temperatures would overflow
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     probs = logits.softmax(-1)
@@ -347,11 +349,13 @@ def mean_loss(model: GPT, data: torch.Tensor, starts: torch.Tensor) -> float:
 
 def choose_device(name: str) -> torch.device:
     """The device asked for, or the fastest there is for `auto`. Raises ValueError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(kind for kind, ok in there.items() if ok) if name == "auto" else name.split(":")[0]
-    if not there.get(kind):
-        raise ValueError(f"--device {name}: not on this machine, which has {', '.join(kind for kind, ok in there.items() if ok)}")
-    return torch.device(kind if name == "auto" else name)
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    kind, _, index = name.partition(":")
+    if name == "auto":
+        return torch.device(there[0])
+    if kind not in there or index and (not index.isdecimal() or int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
+        raise ValueError(f"--device {name}: not on this machine, which has {', '.join(there)}")
+    return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -372,7 +376,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
-        torch.backends.quantized.engine = int8_engine()
+        torch.backends.quantized.engine = engine = int8_engine()
+        self.seven_bits = engine == "x86"  # of the input, as PyTorch does: on processors without VNNI sums of eight would overflow
         zero_points = torch.zeros(len(scale), dtype=torch.int64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # quantized tensors are marked deprecated; they work up to PyTorch 2.13 at least
@@ -381,14 +386,14 @@ class Int8Linear(nn.Module):
         self.memory_bytes = weight.numel() + 4 * len(scale) * (1 if bias is None else 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_dynamic.default(x, self.packed)
+        return torch.ops.quantized.linear_dynamic.default(x, self.packed, self.seven_bits)
 
 
 def int8_engine() -> str:
-    """The int8 kernels of this machine's processor: x86, or qnnpack on ARM. Raises RuntimeError if PyTorch has neither."""
+    """The int8 kernels of this machine's processor: x86, or qnnpack on ARM. Raises ValueError if PyTorch has neither."""
     there = [engine for engine in ("x86", "qnnpack") if engine in torch.backends.quantized.supported_engines]
-    if not there:
-        raise RuntimeError(f"PyTorch {torch.__version__} has no int8 kernels for this machine: {LAST_WITH_INT8}")
+    if not there or not hasattr(torch, "_make_per_channel_quantized_tensor"):
+        raise ValueError(f"PyTorch {torch.__version__} has no int8 kernels for this machine: {LAST_WITH_INT8}")
     return there[0]
 
 
@@ -396,12 +401,13 @@ def quantize_dynamic(model: GPT) -> dict[str, torch.Tensor]:
     """The weights of a network on the CPU with every matrix in int8: what an int8 checkpoint holds as `model`.
 
     `NAME.weight` is int8 for linear layers and embeddings, and `NAME.scale` (rows,) float32 turns its rows back into floats.
-    Raises RuntimeError where PyTorch has no dynamic quantization any more.
+    Raises ValueError where PyTorch has no dynamic quantization any more.
     """
+    torch.backends.quantized.engine = int8_engine()
     try:
         from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     except ImportError as error:
-        raise RuntimeError(f"PyTorch {torch.__version__} has no torch.ao.quantization: {LAST_WITH_INT8}") from error
+        raise ValueError(f"PyTorch {torch.__version__} has no torch.ao.quantization: {LAST_WITH_INT8}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # marked deprecated
         quantized = quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig})
@@ -469,6 +475,8 @@ def load_model(path: Path, fingerprint: str | None = None) -> tuple[GPT, dict]:
     if fingerprint is not None and checkpoint.get("tokenizer") != fingerprint:
         raise ValueError(f"{path} was trained with another tokenizer than the merges.pkl given: "
                          "use the folder it was trained in (--out_dir), or train again")
+    if checkpoint.get("int8"):
+        int8_engine()  # says so if there is none
     weights = checkpoint.pop("model")
     try:
         config = GPTConfig(**checkpoint["config"])

@@ -7,7 +7,9 @@ Shrinks a trained network to a quarter: every matrix in int8 (PyTorch's dynamic 
 Prints what it costs and what it saves, measured, and a sample of each network from the same seed.
 """
 import argparse
+import hashlib
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -15,8 +17,10 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, load_checkpoint, load_model, mean_loss, quantize_dynamic, save_checkpoint, side_by_side, split
+from model import GPT, load_model, mean_loss, quantize_dynamic, save_checkpoint, side_by_side, split
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, read_text
+
+KEPT = {"config", "tokenizer", "text", "iteration", "train_loss", "val_loss", "val_nats_per_char"}  # of the float checkpoint
 
 
 def memory_bytes(model: GPT) -> int:
@@ -66,10 +70,12 @@ def main() -> None:
         raise ValueError(f"{path} is quantized already: name a float checkpoint with --checkpoint")
     if out.exists() and out.samefile(path):
         raise ValueError(f"--out {out} is the checkpoint to be quantized: name another file")
-    _, val = split(tokenizer.encode_array(read_text(args.data_path)), before.config.block_size)
+    tokens = tokenizer.encode_array(read_text(args.data_path))
+    _, val = split(tokens, before.config.block_size)
+    if checkpoint.get("text") not in (None, hashlib.sha256(tokens.tobytes()).hexdigest()):
+        print(f"note: {args.data_path} is not the text this network was trained on; name that with --data_path", file=sys.stderr)
 
-    kept = {key: checkpoint[key] for key in ("config", "tokenizer", "iteration", "train_loss", "val_loss", "val_nats_per_char")}
-    save_checkpoint(out, kept | {"model": quantize_dynamic(before), "int8": True})
+    save_checkpoint(out, {key: value for key, value in checkpoint.items() if key in KEPT} | {"model": quantize_dynamic(before), "int8": True})
     after, _ = load_model(out, tokenizer.fingerprint)
 
     start = torch.tensor([tokenizer.encode_array("\n").tolist()])
@@ -77,13 +83,16 @@ def main() -> None:
     print(compare(before, after, (path, out), torch.from_numpy(val.astype("int64")), tokens_per_char, start))
     for name, model in ("float32", before), ("int8", after):
         print(f"\n--- {name}, seed 1337 ---\n{tokenizer.decode(model.generate(start, 150, seed=1337)[0].tolist())}")
-    print(f"\nwrote {out}; sample from it with: python generate.py --checkpoint {os.path.relpath(out)}")
+    command = ["python", "generate.py", "--checkpoint", os.path.relpath(out)]
+    if not out.parent.samefile(out_dir):
+        command += ["--out_dir", os.path.relpath(out_dir)]
+    print(f"\nwrote {out}; sample from it with: {shlex.join(command)}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"quantize.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import importlib.util
 import io
 import math
 import os
@@ -35,8 +36,10 @@ from model import (CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype, load_
                    side_by_side, split, windows)
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, atomic_write, read_text
 
+RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt", "metrics.csv", "histograms.npz"}
+PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients"}
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
-LAST_ENTRIES = {"iteration", "optimizer", "scaler", "batches", "random", "args", "text", "tokenizer", "best", "seconds", "metrics"}
+LAST_ENTRIES = {"iteration", "optimizer", "scaler", "batches", "random", "device", "args", "text", "tokenizer", "best", "seconds", "metrics"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -77,7 +80,7 @@ class Stop:
     """Notes SIGINT (Ctrl-C) and SIGTERM, so that the loop can end between two iterations. A second Ctrl-C ends at once."""
 
     def __init__(self):
-        self.requested, self.number = False, 0
+        self.requested, self.number = False, signal.SIGTERM
         signal.signal(signal.SIGINT, self.note)
         signal.signal(signal.SIGTERM, self.note)
 
@@ -116,7 +119,7 @@ def set_aside(out_dir: Path) -> None:
     for path in sorted(out_dir.iterdir()):
         if path.name in ("merges.pkl", "vocab.pkl"):
             shutil.copy2(path, earlier)
-        elif path.is_file() and not path.name.startswith("."):
+        elif path.name in RUN_FILES or path.suffix in (".png", ".svg") and path.stem in PICTURES:
             path.replace(earlier / path.name)
     print(f"moved the earlier run to {earlier} (--resume would have continued it)")
 
@@ -173,10 +176,18 @@ class Trainer:
         self.args = args
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
-        self.device = choose_device(args.device)
         if self.world_size > 1:
             self.join_others()
+        else:
+            self.device = choose_device(args.device)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # whose generator draws the dropout
         self.dtype = choose_dtype(args.dtype, self.device)
+        if args.compile and self.device.type != "cuda":
+            raise ValueError("--compile is for CUDA: it gains nothing elsewhere")
+        can_compile = (self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (7, 0)
+                       and importlib.util.find_spec("triton") is not None)
+        self.compiled = can_compile if args.compile is None else args.compile
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         if args.batch_size % self.world_size:
             raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it a multiple of {self.world_size} processes")
@@ -194,9 +205,7 @@ class Trainer:
         self.grad_norm = torch.tensor(math.nan)
         if last:
             self.restore(last)
-        if args.compile is None:
-            args.compile = self.device.type == "cuda"
-        self.step_model = torch.compile(self.model) if args.compile else self.model
+        self.step_model = torch.compile(self.model) if self.compiled else self.model
         if self.world_size > 1:
             self.step_model = torch.nn.parallel.DistributedDataParallel(self.step_model)
         self.stop = Stop()
@@ -204,14 +213,15 @@ class Trainer:
     def summary(self) -> str:
         """What is about to run, in one line."""
         return (f"{sum(p.numel() for p in self.model.parameters()):,} parameters in {str(self.dtype)[6:]} on "
-                f"{f'{self.world_size} x ' if self.world_size > 1 else ''}{self.device.type}{', compiled' if self.args.compile else ''}; "
+                f"{f'{self.world_size} x ' if self.world_size > 1 else ''}{self.device.type}{', compiled' if self.compiled else ''}; "
                 f"{len(self.data['train']):,} tokens to train on, {len(self.data['val']):,} to validate on; iterations "
                 f"{self.iteration} to {self.args.max_iters} of {self.args.batch_size} x {self.args.block_size} tokens")
 
     def join_others(self) -> None:
         """Meets the other processes that torchrun started, each on a GPU of its own or on the CPU."""
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        gpu = self.args.device.startswith("cuda") or self.args.device == "auto" and torch.cuda.is_available()
+        self.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu")
+        if gpu:
             torch.cuda.set_device(self.device)
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.flags_group = dist.new_group(backend="gloo")  # for flags that live on the CPU
@@ -238,15 +248,24 @@ class Trainer:
         if last["text"] != self.text_hash or last["tokenizer"] != self.tokenizer.fingerprint:
             raise ValueError(f"{self.args.data_path} and the tokenizer in {self.args.out_dir} are not those this run began with: "
                              "restore them, or start a new run in another --out_dir")
-        if last["config"] != asdict(self.config):
+        if last["config"] | {"dropout": self.config.dropout} != asdict(self.config):
             raise ValueError(f"the run in {self.args.out_dir} has another network ({last['config']}): leave its sizes as they are, "
                              "or start a new run in another --out_dir")
+        if last["iteration"] > self.args.max_iters:
+            raise ValueError(f"the run in {self.args.out_dir} is at iteration {last['iteration']} already: give a larger --max_iters")
+        asked = [{"weight_decay": group["weight_decay"], "betas": group["betas"]} for group in self.optimizer.param_groups]
         self.model.load_state_dict(last["model"])
         self.optimizer.load_state_dict(last["optimizer"])
-        self.scaler.load_state_dict(last["scaler"])
-        self.batches.set_state(last["batches"])
-        if len(last["random"]) == self.world_size:
+        for group, flags in zip(self.optimizer.param_groups, asked):
+            group |= flags
+        if last["scaler"]:
+            self.scaler.load_state_dict(last["scaler"])
+        if (last["device"], len(last["random"])) == (self.device.type, self.world_size):
+            self.batches.set_state(last["batches"])
             self.random.set_rng_state(last["random"][self.rank])
+        elif self.master:
+            print(f"saved on {len(last['random'])} x {last['device']}, going on on {self.world_size} x {self.device.type}: "
+                  "batches and dropout will be others than those of an unbroken run")
         self.iteration, self.best, self.seconds, self.metrics = last["iteration"], last["best"], last["seconds"], last["metrics"]
 
     def run(self) -> None:
@@ -257,16 +276,17 @@ class Trainer:
                    disable=not (self.master and sys.stderr.isatty()))
         with bar:
             while True:
-                if self.iteration % args.eval_interval == 0 or self.iteration == args.max_iters:
+                if self.iteration % args.eval_interval == 0 or self.iteration >= args.max_iters:
                     if not self.metrics or self.metrics[-1]["iteration"] < self.iteration:
                         line = self.evaluate()
                         if self.master:
                             bar.write(line)
                         self.save()
                         saved = time.monotonic()
-                    if self.iteration == args.max_iters:
+                    if self.iteration >= args.max_iters:
                         break
                 stop, due = self.agree(self.stop.requested, time.monotonic() - saved > SAVE_SECONDS)
+                self.stop.requested |= stop
                 if stop or due:
                     self.save()
                     saved = time.monotonic()
@@ -325,7 +345,7 @@ class Trainer:
         if not math.isfinite(loss["val"]):
             raise ValueError(self.not_finite("validation loss"))
         per_char = {name: loss[name] * self.tokens_per_char[name] for name in loss}
-        relus, histograms = self.inspect_relus()
+        relus, histograms = self.inspect_relus() if self.master else ({}, {})
         tokens_seen = self.iteration * args.batch_size * args.block_size
         self.metrics.append({
             "iteration": self.iteration, "tokens_seen": tokens_seen, "epochs": tokens_seen / len(self.data["train"]),
@@ -386,7 +406,7 @@ class Trainer:
         """What a checkpoint for sampling holds: plain values and the weights."""
         row = self.metrics[-1]
         return {"config": asdict(self.config), "model": self.model.state_dict(), "tokenizer": self.tokenizer.fingerprint,
-                "iteration": self.iteration} | {key: row[key] for key in ("train_loss", "val_loss", "val_nats_per_char")}
+                "text": self.text_hash, "iteration": self.iteration} | {key: row[key] for key in ("train_loss", "val_loss", "val_nats_per_char")}
 
     def save(self) -> None:
         """Writes last.pt: the checkpoint and all else that resuming bit for bit takes."""
@@ -400,8 +420,8 @@ class Trainer:
             raise ValueError(self.not_finite("weights"))
         args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
         save_last(self.args.out_dir, self.checkpoint() | {
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "batches": self.batches.get_state(),
-            "random": random, "args": args, "text": self.text_hash, "best": self.best, "metrics": self.metrics,
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "batches": self.batches.get_state(), "device": self.device.type,
+            "random": random, "args": args, "best": self.best, "metrics": self.metrics,
             "seconds": time.monotonic() - self.started})
 
     def not_finite(self, what: str) -> str:
@@ -457,7 +477,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                          help="of the arithmetic (default: bfloat16 on GPUs that have it, else float16 there, else float32)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                         help="fuse the network with torch.compile (default: on CUDA only)")
+                         help="fuse the network with torch.compile (default: where it can, on CUDA)")
 
     args, last = parser.parse_args(), None
     if args.resume:
@@ -466,7 +486,9 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         parser.set_defaults(**saved | {"data_path": Path(saved["data_path"])})
         args = parser.parse_args()
         for name, value in vars(args).items():
-            if name in saved and str(saved[name]) != str(value):
+            if name == "seed" and value != saved[name]:
+                parser.error(f"--seed was {saved[name]} when this run began, and cannot change any more")
+            if name in saved and str(saved[name]) != str(value) and int(os.environ.get("RANK", 0)) == 0:
                 print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on")
     for name, minimum in at_least.items():
         value, less_than_1 = getattr(args, name), name in ("dropout", "beta1", "beta2")
@@ -478,6 +500,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file has every line at once
     args, last = parse_args()
     master = int(os.environ.get("RANK", 0)) == 0
     if master:
@@ -492,7 +515,8 @@ def main() -> None:
         print(trainer.summary())
     trainer.run()
     if master and trainer.stop.requested:
-        command = ["python", "train.py", "--resume"] + ["--out_dir", str(args.out_dir)] * (args.out_dir != CHECKPOINTS)
+        start = ["python"] if trainer.world_size == 1 else ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+        command = start + ["train.py", "--resume"] + ["--out_dir", str(args.out_dir)] * (args.out_dir != CHECKPOINTS)
         print(f"stopped and saved at iteration {trainer.iteration}; go on with: {shlex.join(command)}")
     elif master:
         model, best = load_model(args.out_dir / "model.pt")

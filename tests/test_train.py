@@ -163,12 +163,35 @@ def test_resuming_another_network_or_text_is_refused(tiny_run, tmp_path):
     assert "nothing to resume" in complaint(run("train.py", "--resume", "--out_dir", tmp_path / "empty"))
 
 
+def test_resuming_with_fewer_iterations_or_another_seed_is_refused(tiny_run):
+    assert "at iteration 60 already" in complaint(run("train.py", "--resume", "--out_dir", tiny_run, "--max_iters", 50))
+    assert "--seed" in complaint(run("train.py", "--resume", "--out_dir", tiny_run, "--seed", 2), status=2)
+
+
+def test_flags_given_anew_take_effect_when_resuming(tiny_run):
+    flags = ["--weight_decay", "0.5", "--beta2", "0.9", "--dropout", "0", "--max_iters", "62"]
+    process = run("train.py", "--resume", "--out_dir", tiny_run, *flags)
+    assert process.returncode == 0 and "--weight_decay was 0.01 when this run was saved and is 0.5" in process.stdout, process.stderr
+    last = load_checkpoint(tiny_run / "last.pt")
+    assert last["config"]["dropout"] == 0
+    assert [(group["weight_decay"], group["betas"][1]) for group in last["optimizer"]["param_groups"]] == [(0.5, 0.9), (0.0, 0.9)]
+
+
+def test_a_run_saved_on_another_device_goes_on_and_says_so(tiny_run):
+    last = torch.load(tiny_run / "last.pt", weights_only=True)
+    last |= {"device": "cuda", "batches": torch.zeros(16, dtype=torch.uint8), "random": [torch.zeros(16, dtype=torch.uint8)], "scaler": {}}
+    torch.save(last, tiny_run / "last.pt")
+    process = run("train.py", "--resume", "--out_dir", tiny_run, "--max_iters", 62)
+    assert process.returncode == 0 and "saved on 1 x cuda, going on on 1 x cpu" in process.stdout, process.stderr
+
+
 def test_a_new_run_moves_the_earlier_one_aside(tiny_run, tiny_text):
     before = (tiny_run / "model.pt").read_bytes()
+    (tiny_run / "notes.txt").write_text("the user's own")
     process = train(tiny_run, tiny_text, "--max_iters", 2)
     assert process.returncode == 0 and "moved the earlier run to" in process.stdout
     assert (tiny_run / "earlier-1" / "model.pt").read_bytes() == before and (tiny_run / "earlier-1" / "merges.pkl").exists()
-    assert [row["iteration"] for row in metrics(tiny_run)] == [0, 2]
+    assert [row["iteration"] for row in metrics(tiny_run)] == [0, 2] and (tiny_run / "notes.txt").exists()
 
 
 # what can go wrong
@@ -243,7 +266,9 @@ def test_a_flag_out_of_range_is_named(flag, value, tmp_path, monkeypatch, capsys
 
 
 def test_a_device_that_is_not_there_is_named(tiny_text, tmp_path):
-    assert "--device tpu" in complaint(train(tmp_path, tiny_text, "--device", "tpu"))
+    for device in "tpu", "cpu:x", "cuda:99":
+        assert f"--device {device}" in complaint(train(tmp_path, tiny_text, "--device", device))
+    assert "--compile is for CUDA" in complaint(train(tmp_path, tiny_text, "--compile"))
 
 
 def test_help_names_every_hyperparameter_of_the_published_table():
