@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import torch
 
-from model import choose_device, load_model
+from model import choose_device, find_checkpoint, load_model
 from tokenizer import CHECKPOINTS, BasicTokenizer, atomic_write
 
 
@@ -31,7 +31,10 @@ def read_prompt(args: argparse.Namespace) -> str | bytes:
         return args.prompt
     if str(args.prompt_file) == "-":
         return sys.stdin.buffer.read()
-    return args.prompt_file.read_bytes()
+    try:
+        return args.prompt_file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read --prompt_file {args.prompt_file}: {error.strerror}") from error
 
 
 def write_stream(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prompt: list[int], file: BinaryIO) -> int:
@@ -65,8 +68,9 @@ def write_samples(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, pro
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="\n", help="text to continue (default: a line end)")
-    parser.add_argument("--prompt_file", type=Path, help="file with the text to continue; - for standard input")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="\n", help="text to continue (default: a line end)")
+    prompt.add_argument("--prompt_file", type=Path, help="file with the text to continue; - for standard input")
     parser.add_argument("--max_new_tokens", type=int, default=500, metavar="N", help="tokens to sample (default 500)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X",
                         help="below 1 plays safe, above 1 takes risks, 0 always takes the likeliest token (default 1.0)")
@@ -97,8 +101,9 @@ def main() -> None:
     out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else CHECKPOINTS)
     device = choose_device(args.device)
     prompt = read_prompt(args)
+    path = find_checkpoint(args.checkpoint or out_dir / "model.pt")
     tokenizer = BasicTokenizer(out_dir=out_dir)
-    model, checkpoint = load_model(args.checkpoint or out_dir / "model.pt", tokenizer.fingerprint)
+    model, checkpoint = load_model(path, tokenizer.fingerprint)
     if checkpoint.get("int8") and device.type != "cpu":
         print("int8 weights run on the CPU: not using the GPU", file=sys.stderr)
         device = torch.device("cpu")

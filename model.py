@@ -441,14 +441,19 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         torch.save(checkpoint, file)
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The path, if there is a file. Raises ValueError, with the remedy, if not."""
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}: train one with `python train.py`, or name one with --checkpoint or --out_dir")
+    return Path(path)
+
+
 def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint: a dict of plain values and tensors, on the CPU; no code in it is run.
 
     Raises ValueError, with the remedy, for a file that is missing, damaged or something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}: train one with `python train.py`, or name one with --checkpoint")
+    path = find_checkpoint(path)
     damaged = f"{path} is not a checkpoint of this program, or it is damaged: train again, or name another file"
     try:
         with zipfile.ZipFile(path) as archive:

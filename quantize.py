@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, load_model, mean_loss, quantize_dynamic, save_checkpoint, side_by_side, split
+from model import GPT, find_checkpoint, load_model, mean_loss, quantize_dynamic, save_checkpoint, side_by_side, split
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, read_text
 
 KEPT = {"config", "tokenizer", "text", "iteration", "train_loss", "val_loss", "val_nats_per_char"}  # of the float checkpoint
@@ -64,6 +64,7 @@ def main() -> None:
     args = parse_args()
     out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else CHECKPOINTS)
     path, out = args.checkpoint or out_dir / "model.pt", args.out or out_dir / "model_int8.pt"
+    find_checkpoint(path)
     tokenizer = BasicTokenizer(out_dir=out_dir)
     before, checkpoint = load_model(path, tokenizer.fingerprint)
     if checkpoint.get("int8"):

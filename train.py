@@ -2,7 +2,7 @@
 Trains the network on a text, and its tokenizer first if there is none.
 
     python train.py                                             # Tiny Shakespeare with the published hyperparameters
-    python train.py --max_iters 300 --eval_interval 100         # a first look, minutes on a laptop
+    python train.py --max_iters 300 --eval_interval 100         # a first look
     python train.py --data_path my.txt --out_dir checkpoints/mine
     python train.py --resume                                    # go on where a run was stopped
     torchrun --nproc_per_node 2 train.py                        # the same run on two GPUs, or two processes
@@ -86,6 +86,7 @@ class Stop:
 
     def note(self, number, frame):
         self.requested, self.number = True, number
+        print("\nfinishing, then saving", file=sys.stderr)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -98,7 +99,8 @@ def lock(out_dir: Path):
         out_dir.mkdir(parents=True, exist_ok=True)
         file = open(out_dir / ".lock", "w")
     except OSError as error:
-        raise OSError(f"cannot write into --out_dir {out_dir}: {error.strerror}") from error
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise OSError(f"cannot write into --out_dir {out_dir}: {reason}") from error
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -232,6 +234,8 @@ class Trainer:
         text = read_text(args.data_path)
         if self.world_size > 1 and not self.master:
             dist.barrier()  # the master may have to train the tokenizer
+        if self.master and (args.out_dir / "merges.pkl").exists():
+            print(f"using the tokenizer that is in {args.out_dir}")
         tokenizer = load_tokenizer(args.out_dir, args.data_path, args.vocab_size)
         if self.world_size > 1 and self.master:
             dist.barrier()
@@ -480,11 +484,13 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
                          help="fuse the network with torch.compile (default: where it can, on CUDA)")
 
     args, last = parser.parse_args(), None
+    args.data_path = args.data_path.resolve()  # as --resume may be called from another folder
     if args.resume:
         last = load_last(args.out_dir)
         saved = {name: value for name, value in last["args"].items() if name not in ("resume", "out_dir")}
         parser.set_defaults(**saved | {"data_path": Path(saved["data_path"])})
         args = parser.parse_args()
+        args.data_path = args.data_path.resolve()
         for name, value in vars(args).items():
             if name == "seed" and value != saved[name]:
                 parser.error(f"--seed was {saved[name]} when this run began, and cannot change any more")
@@ -513,17 +519,20 @@ def main() -> None:
         if not args.resume:
             set_aside(args.out_dir)
         print(trainer.summary())
+        if trainer.iteration == args.max_iters:
+            print("this run is complete: a larger --max_iters goes on")
     trainer.run()
     if master and trainer.stop.requested:
         start = ["python"] if trainer.world_size == 1 else ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-        command = start + ["train.py", "--resume"] + ["--out_dir", str(args.out_dir)] * (args.out_dir != CHECKPOINTS)
+        command = start + [sys.argv[0], "--resume"] + ["--out_dir", str(args.out_dir)] * (args.out_dir != CHECKPOINTS)
         print(f"stopped and saved at iteration {trainer.iteration}; go on with: {shlex.join(command)}")
     elif master:
         model, best = load_model(args.out_dir / "model.pt")
         start = torch.tensor([trainer.tokenizer.encode_array("\n").tolist()])
         print(f"\na sample, from the weights of iteration {best['iteration']} (val loss {best['val_loss']:.4f}):")
         print(trainer.tokenizer.decode(model.generate(start, 200, seed=args.seed)[0].tolist()))
-        print(f"\nmodel.pt, metrics.csv and all else is in {args.out_dir}; more text: python generate.py")
+        print(f"\nmodel.pt, metrics.csv and all else is in {args.out_dir}; more text: python generate.py"
+              + f" --out_dir {shlex.quote(str(args.out_dir))}" * (args.out_dir != CHECKPOINTS))
     if trainer.world_size > 1:
         dist.destroy_process_group()
     if trainer.stop.requested:

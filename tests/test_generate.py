@@ -98,6 +98,9 @@ def test_a_flag_out_of_range_is_named(finished_run, flag, value):
 
 def test_what_is_missing_or_wrong_is_named(tiny_run, tmp_path):
     assert "no checkpoint at" in complaint(run("generate.py", "--out_dir", tiny_run, "--checkpoint", tmp_path / "none.pt"))
+    assert "no checkpoint at" in complaint(run("generate.py", "--out_dir", tmp_path))
+    assert "no checkpoint at" in complaint(run("generate.py", "--checkpoint", tmp_path / "none.pt"))
+    (tmp_path / "model.pt").write_bytes((tiny_run / "model.pt").read_bytes())
     assert "there is no tokenizer in" in complaint(run("generate.py", "--out_dir", tmp_path))
     assert "prompt.txt" in complaint(generate(tiny_run, "--prompt_file", tmp_path / "prompt.txt"))
     assert "--device" in complaint(generate(tiny_run, "--device", "tpu"))

@@ -115,7 +115,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny_text, tmp_path, number):
         time.sleep(0.05)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and not err
+    assert process.returncode == 128 + number and err == "\nfinishing, then saving\n"
     assert f"go on with: python train.py --resume --out_dir {tmp_path / 'run'}" in out
     assert run("train.py", "--resume", "--out_dir", tmp_path / "run").returncode == 0
     train(tmp_path / "unbroken", tiny_text, "--max_iters", 200, "--eval_interval", 100)
