@@ -22,7 +22,7 @@ from typing import BinaryIO
 import torch
 
 from model import choose_device, find_checkpoint, load_model
-from tokenizer import CHECKPOINTS, BasicTokenizer, atomic_write
+from tokenizer import BasicTokenizer, atomic_write, default_run
 
 
 def read_prompt(args: argparse.Namespace) -> str | bytes:
@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
                         help="sample among the likeliest tokens that have probability X together (default: all)")
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts to sample side by side (default 1)")
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: another each time)")
-    parser.add_argument("--out_dir", type=Path, help="folder of the run (default checkpoints/)")
+    parser.add_argument("--out_dir", type=Path, help="folder of the run (default checkpoints/, or the pretrained network's if it holds none)")
     parser.add_argument("--checkpoint", type=Path, help="weights to use, float or int8 (default: model.pt in --out_dir)")
     parser.add_argument("--out", type=Path, help="file to write to (default: the terminal)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else CHECKPOINTS)
+    out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else default_run("model.pt"))
     device = choose_device(args.device)
     prompt = read_prompt(args)
     path = find_checkpoint(args.checkpoint or out_dir / "model.pt")
@@ -108,6 +108,7 @@ def main() -> None:
         print("int8 weights run on the CPU: not using the GPU", file=sys.stderr)
         device = torch.device("cpu")
     model.to(device)
+    print(f"using {os.path.relpath(path)}, iteration {checkpoint['iteration']}, validation loss {checkpoint['val_loss']:.4f}", file=sys.stderr)
 
     ids = tokenizer.encode_array(prompt or "\n").tolist()
     if len(ids) > model.config.block_size:

@@ -7,6 +7,7 @@ The network: a decoder-only Transformer (GPT), its key/value cache and its check
 
 Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = n_embd // n_head channels, V = vocab_size.
 """
+import math
 import secrets
 import warnings
 import zipfile
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from tokenizer import atomic_write
 
 LAST_WITH_INT8 = "the last version known to have it is 2.13; pip install torch==2.13.0"
-CPU_BATCH = 4  # sequences that a CPU trains on at once: what they leave for the backward pass stays in its cache
+CPU_BATCH = 8  # sequences that a CPU trains on at once: what they leave for the backward pass stays in its cache
 
 
 @dataclass
@@ -33,7 +34,8 @@ class GPTConfig:
     n_embd: int = 232
     n_head: int = 6
     n_layer: int = 5
-    dropout: float = 0.2
+    dropout: float = 0.2            # after attention and after feed-forward
+    attention_dropout: float = 0.2  # on the attention weights
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_embd", "n_head", "n_layer"):
@@ -42,8 +44,10 @@ class GPTConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.n_head > self.n_embd:
             raise ValueError(f"n_head ({self.n_head}) must not exceed n_embd ({self.n_embd}): each head needs a channel")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and less than 1, not {self.dropout!r}")
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, not {value!r}")
 
     @property
     def head_size(self) -> int:
@@ -80,7 +84,7 @@ class CausalSelfAttention(nn.Module):
         width = config.n_head * config.head_size
         self.qkv = nn.Linear(config.n_embd, 3 * width, bias=False)  # query, key and value of all heads in one product
         self.proj = nn.Linear(width, config.n_embd)
-        self.dropout = config.dropout
+        self.dropout = config.attention_dropout
 
     def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         B, T, _ = x.shape
@@ -96,7 +100,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0
 
     `dropout` is the probability with which each attention weight is dropped.
     """
-    if q.device.type == "cpu" and dropout:
+    if q.device.type == "cpu":
         return attend_in_pieces(q, k, v, dropout)
     D = q.shape[-1]
     if q.device.type == "cuda" and D % 8:
@@ -105,8 +109,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=D ** -0.5)[..., :D]
 
 
+@torch.autocast("cpu", enabled=False)  # the operands are in the format wanted, and softmax computes in float32 inside
 def attend_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """`attend` for training on a CPU, where PyTorch has no fused kernel with dropout. q, k, v: (B, H, T, D) -> (B, H, T, D).
+    """`attend` on a CPU, whose fused kernel knows no dropout and has a slow backward pass. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
     Takes 64 queries at a time, so that keys that lie in the future of all 64 are never looked at.
     """
@@ -118,7 +123,9 @@ def attend_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout:
     for start in range(0, T, 64):
         end = min(start + 64, T)
         weights = torch.baddbmm(future[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2), alpha=D ** -0.5).softmax(-1)
-        rows.append(torch.bmm(weights * keep_mask(weights.shape, dropout), v[:, :end]))  # (B * H, 64, D)
+        if dropout:
+            weights = weights * keep_mask(weights.shape, dropout)
+        rows.append(torch.bmm(weights, v[:, :end]))  # (B * H, 64, D)
     return torch.cat(rows, dim=1).view(B, H, T, D)
 
 
@@ -163,6 +170,19 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size)
+
+    def init_weights(self, std: float) -> None:
+        """Draws the matrices from a normal distribution (Radford et al. 2019) in place of PyTorch's default; biases become 0.
+
+        Those that write into the residual stream start smaller, as 2 * n_layer of them add up there.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith(("proj.weight", "down.weight")):
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Predicts the token after each token of idx, (B, T) int64 with T <= block_size.
@@ -359,9 +379,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format asked for; `auto` is bfloat16 on GPUs that have it in hardware, else float16 there, float32 elsewhere."""
+    """The number format asked for; `auto` is bfloat16 where the hardware has it, else float16 on a GPU and float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else torch.float32
     if device.type != "cuda":
         return torch.float32
     # torch.cuda.is_bf16_supported() says yes on a T4, too, which emulates it slowly

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, find_checkpoint, load_model, mean_loss, quantize_dynamic, save_checkpoint, side_by_side, split
-from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, read_text
+from tokenizer import DEFAULT_TEXT, BasicTokenizer, default_run, read_text
 
 KEPT = {"config", "tokenizer", "text", "iteration", "train_loss", "val_loss", "val_nats_per_char"}  # of the float checkpoint
 
@@ -52,7 +52,7 @@ def compare(before: GPT, after: GPT, paths: tuple[Path, Path], val: torch.Tensor
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, help="folder of the run (default checkpoints/)")
+    parser.add_argument("--out_dir", type=Path, help="folder of the run (default checkpoints/, or the pretrained network's if it holds none)")
     parser.add_argument("--checkpoint", type=Path, help="weights to quantize (default: model.pt in --out_dir)")
     parser.add_argument("--out", type=Path, help="file to write (default: model_int8.pt in --out_dir)")
     parser.add_argument("--data_path", type=Path, default=DEFAULT_TEXT,
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else CHECKPOINTS)
+    out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else default_run("model.pt"))
     path, out = args.checkpoint or out_dir / "model.pt", args.out or out_dir / "model_int8.pt"
     find_checkpoint(path)
     tokenizer = BasicTokenizer(out_dir=out_dir)

@@ -25,6 +25,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE / "checkpoints"
+PRETRAINED = CHECKPOINTS / "pretrained"  # a trained network, with its tokenizer, that comes with the repository
 DEFAULT_TEXT = HERE / "data" / "input.txt"
 MERGES_FILE, VOCAB_FILE, WAITING_FILE = "merges.pkl", "vocab.pkl", ".merges.pkl.new"
 
@@ -249,12 +250,16 @@ class BasicTokenizer:
         print(f"compression ratio: {len(data) / max(len(ids), 1):.2f}X")
         return ids
 
-    def encode_array(self, text):
-        """Token ids of a str or bytes, prints nothing: uint16 (tokens,), uint32 for more than 65,535 tokens."""
+    def encode_array(self, text, dropout=0.0, rng=None):
+        """Token ids of a str or bytes, prints nothing: uint16 (tokens,), uint32 for more than 65,535 tokens.
+
+        With `dropout` every single merge is left out with that probability, drawn from `rng`, a NumPy Generator: the
+        same text, spelled in other tokens each time (BPE-dropout, Provilkov et al. 2020).
+        """
         data = to_bytes(text)
-        if len(data) <= SHORT:
+        if len(data) <= SHORT and not (data and dropout):
             return self._encode_short(data)
-        return np.concatenate([self._encode_long(block) for block in self._blocks(data)])
+        return np.concatenate([self._encode_long(block, dropout, rng) for block in self._blocks(data)])
 
     def _encode_short(self, data):
         """Every merge in order, as a replacement in a string that has a character for each token."""
@@ -264,11 +269,14 @@ class BasicTokenizer:
                 string = string.replace(pair, new)
         return np.fromiter(map(ord, string), np.min_scalar_type(self.vocab_size), len(string))
 
-    def _encode_long(self, data):
+    def _encode_long(self, data, dropout, rng):
         """Every merge in order, at the places an index of the text finds."""
         tokens = TokenSequence(data, self.vocab_size)
         for pair, new in self.merges.items():
-            tokens.merge(pair, tokens.find(pair), new)
+            places = tokens.find(pair)
+            if dropout:
+                places = places.compress(rng.random(len(places)) >= dropout)
+            tokens.merge(pair, places, new)
         return tokens.ids()
 
     def _blocks(self, data):
@@ -295,6 +303,11 @@ class BasicTokenizer:
     def count_characters(self, ids):
         """How many characters token ids spell: bytes, but for those that continue a UTF-8 character."""
         return int((np.frombuffer(self.decode_bytes(ids), np.uint8) & 0xC0 != 0x80).sum())
+
+
+def default_run(file):
+    """The folder to look for a run's `file` in: checkpoints/, or the pretrained network's if there is none yet."""
+    return PRETRAINED if (PRETRAINED / file).exists() and not (CHECKPOINTS / file).exists() else CHECKPOINTS
 
 
 def to_bytes(text):

@@ -34,12 +34,17 @@ from tqdm import tqdm
 
 from model import (CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss, save_checkpoint,
                    side_by_side, split, windows)
-from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, atomic_write, read_text
+from tokenizer import CHECKPOINTS, DEFAULT_TEXT, PRETRAINED, BasicTokenizer, atomic_write, read_text
 
 RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt", "metrics.csv", "histograms.npz"}
 PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients"}
+PRESETS = {  # values of flags; what was tried to find them is in README.md
+    "reference": {},
+    "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.1,
+             "warmup_iters": 50, "lr_decay_iters": 600, "min_lr": 0.0, "init_std": 0.02, "attention_dropout": 0.0},
+}
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
-LAST_ENTRIES = {"iteration", "optimizer", "scaler", "batches", "random", "device", "args", "text", "tokenizer", "best", "seconds", "metrics"}
+LAST_ENTRIES = {"iteration", "optimizers", "scaler", "batches", "random", "device", "args", "text", "tokenizer", "best", "seconds", "metrics"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -58,22 +63,28 @@ def load_tokenizer(out_dir: Path, data_path: Path, vocab_size: int) -> BasicToke
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-def build_optimizer(model: GPT, args: argparse.Namespace, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that decays the matrices only, not biases and norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=device.type in ("cpu", "cuda"))
+def build_optimizers(model: GPT, args: argparse.Namespace, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov & Hutter 2019) for all and, with --muon_lr, Muon (Jordan et al. 2024) for the matrices in the blocks.
+
+    Both decay matrices only, not biases and norms.
+    """
+    for_muon = [p for p in model.blocks.parameters() if p.dim() == 2] if args.muon_lr else []
+    for_adamw = [p for p in model.parameters() if all(p is not q for q in for_muon)]
+    groups = [{"params": [p for p in for_adamw if p.dim() == 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in for_adamw if p.dim() < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=device.type in ("cpu", "cuda"))
+    return [adamw] + ([torch.optim.Muon(for_muon, lr=args.muon_lr, weight_decay=args.weight_decay)] if for_muon else [])
 
 
-def learning_rate(iteration: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then constant, or a cosine (Loshchilov & Hutter 2017) down to min_lr at lr_decay_iters."""
+def schedule(iteration: int, args: argparse.Namespace) -> float:
+    """Share of the learning rate in use: linear warm-up, then 1, or a cosine (Loshchilov & Hutter 2017) down to min_lr."""
     if iteration < args.warmup_iters:
-        return args.learning_rate * (iteration + 1) / args.warmup_iters
+        return (iteration + 1) / args.warmup_iters
     if not args.lr_decay_iters:
-        return args.learning_rate
+        return 1.0
     progress = min(1.0, (iteration - args.warmup_iters) / max(1, args.lr_decay_iters - args.warmup_iters))
-    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    end = args.min_lr / (args.learning_rate or 1.0)
+    return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Stop:
@@ -95,6 +106,8 @@ class Stop:
 
 def lock(out_dir: Path):
     """Holds out_dir, made if need be, until this process ends in whatever way. Raises ValueError if another training holds it."""
+    if out_dir.resolve() == PRETRAINED:
+        raise ValueError(f"--out_dir {out_dir} holds the network that comes with the repository: choose another folder")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         file = open(out_dir / ".lock", "w")
@@ -198,7 +211,9 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.config = GPTConfig(**{field.name: getattr(args, field.name) for field in fields(GPTConfig)})
         self.model = GPT(self.config).to(self.device)
-        self.optimizer = build_optimizer(self.model, args, self.device)
+        if args.init_std:
+            self.model.init_weights(args.init_std)
+        self.optimizers = build_optimizers(self.model, args, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.batches = torch.Generator(self.device).manual_seed(args.seed)  # one for all ranks: each takes its part of a batch
         self.random = torch if self.device.type == "cpu" else torch.get_device_module(self.device)  # whence dropout draws
@@ -243,25 +258,49 @@ class Trainer:
         train, val = split(tokens, args.block_size)
         self.tokenizer, self.text_hash = tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest()
         self.tokens_per_char = {name: len(part) / tokenizer.count_characters(part) for name, part in (("train", train), ("val", val))}
-        self.data = {name: torch.from_numpy(part.astype(np.int32)).to(self.device) for name, part in (("train", train), ("val", val))}
+        self.data = {name: self.on_device(part) for name, part in (("train", train), ("val", val))}
+        self.spelled, self.train_text = (None, None), tokenizer.decode_bytes(train.tolist())
         self.starts = {"val": side_by_side(self.data["val"], args.block_size)}
         self.starts["train"] = side_by_side(self.data["train"], args.block_size, len(self.starts["val"]))
+
+    def on_device(self, tokens: np.ndarray) -> torch.Tensor:
+        """Tokens as an int32 tensor where the network is."""
+        return torch.from_numpy(tokens.astype(np.int32)).to(self.device)
+
+    def training_tokens(self) -> torch.Tensor:
+        """The training text as tokens (N,); with --bpe_dropout it is spelled in other tokens on each pass over it.
+
+        The dropout falls with the learning rate, as in the end the text will be spelled in one way alone.
+        """
+        args, n = self.args, len(self.data["train"])
+        if not args.bpe_dropout:
+            return self.data["train"]
+        number = self.iteration * args.batch_size * args.block_size // n
+        if self.spelled[0] != number:
+            rng = np.random.default_rng([args.seed, number])  # of its own for each pass, so that resuming repeats it
+            dropout = args.bpe_dropout * schedule(number * n // (args.batch_size * args.block_size), args)
+            self.spelled = number, self.on_device(self.tokenizer.encode_array(self.train_text, dropout, rng))
+        return self.spelled[1]
 
     def restore(self, last: dict) -> None:
         """Goes on exactly where `last` was saved. Raises ValueError if it was another network or another text."""
         if last["text"] != self.text_hash or last["tokenizer"] != self.tokenizer.fingerprint:
             raise ValueError(f"{self.args.data_path} and the tokenizer in {self.args.out_dir} are not those this run began with: "
                              "restore them, or start a new run in another --out_dir")
-        if last["config"] | {"dropout": self.config.dropout} != asdict(self.config):
+        if last["config"] | {name: getattr(self.config, name) for name in ("dropout", "attention_dropout")} != asdict(self.config):
             raise ValueError(f"the run in {self.args.out_dir} has another network ({last['config']}): leave its sizes as they are, "
                              "or start a new run in another --out_dir")
         if last["iteration"] > self.args.max_iters:
             raise ValueError(f"the run in {self.args.out_dir} is at iteration {last['iteration']} already: give a larger --max_iters")
-        asked = [{"weight_decay": group["weight_decay"], "betas": group["betas"]} for group in self.optimizer.param_groups]
+        if len(last["optimizers"]) != len(self.optimizers):
+            began = "with" if len(self.optimizers) == 1 else "without"
+            raise ValueError(f"the run in {self.args.out_dir} began {began} Muon: leave --muon_lr as it is")
         self.model.load_state_dict(last["model"])
-        self.optimizer.load_state_dict(last["optimizer"])
-        for group, flags in zip(self.optimizer.param_groups, asked):
-            group |= flags
+        for optimizer, state in zip(self.optimizers, last["optimizers"]):
+            asked = [{name: group[name] for name in ("weight_decay", "betas") if name in group} for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, flags in zip(optimizer.param_groups, asked):
+                group |= flags
         if last["scaler"]:
             self.scaler.load_state_dict(last["scaler"])
         if (last["device"], len(last["random"])) == (self.device.type, self.world_size):
@@ -307,14 +346,15 @@ class Trainer:
 
     def step(self) -> torch.Tensor:
         """One iteration: a batch, its gradients, an update. Returns the loss, a scalar left on the device."""
-        args, data = self.args, self.data["train"]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.iteration, args)
+        args, data = self.args, self.training_tokens()
+        for optimizer, peak in zip(self.optimizers, (args.learning_rate, args.muon_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * schedule(self.iteration, args)
         starts = torch.randint(len(data) - args.block_size, (args.batch_size,), generator=self.batches, device=self.device)
         mine = starts.chunk(self.world_size)[self.rank]
         parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else (
             mine.split(CPU_BATCH) if self.device.type == "cpu" else [mine])
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(parts, 1):
             wait = self.world_size > 1 and i < len(parts)  # the ranks exchange gradients once, after the last part
@@ -323,9 +363,11 @@ class Trainer:
                     loss = self.step_model(*windows(data, part, args.block_size))[1] * (len(part) / len(mine))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         return total
 
@@ -355,7 +397,7 @@ class Trainer:
             "iteration": self.iteration, "tokens_seen": tokens_seen, "epochs": tokens_seen / len(self.data["train"]),
             "train_loss": loss["train"], "val_loss": loss["val"],
             "train_nats_per_char": per_char["train"], "val_nats_per_char": per_char["val"],
-            "learning_rate": learning_rate(self.iteration, args),
+            "learning_rate": args.learning_rate * schedule(self.iteration, args),
             "grad_norm": self.grad_norm.item(),
             "tokens_per_second": speed, "seconds": time.monotonic() - self.started, **relus})
         if self.master:
@@ -369,14 +411,13 @@ class Trainer:
                 f"({per_char['train']:.4f}, {per_char['val']:.4f} per character)")
 
     def mean_loss(self, name: str) -> float:
-        """Mean loss, in nats per token, over the evaluation windows of a split or, with --eval_iters, over random batches."""
+        """Mean loss, in nats per token, over the evaluation windows of a split or, with --eval_iters, over random batches; in float32."""
         args, data, starts = self.args, self.data[name], self.starts[name]
         if args.eval_iters:
             draw = torch.Generator().manual_seed(args.seed + self.iteration)  # of its own: evaluating must not change the training
             starts = torch.randint(len(data) - args.block_size, (args.eval_iters * args.batch_size,), generator=draw).to(self.device)
         mine = starts[self.rank::self.world_size]
-        with self.autocast:
-            total = torch.tensor(mean_loss(self.model, data, mine) * len(mine) if len(mine) else 0.0, device=self.device)
+        total = torch.tensor(mean_loss(self.model, data, mine) * len(mine) if len(mine) else 0.0, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.item() / len(starts)
@@ -424,9 +465,9 @@ class Trainer:
             raise ValueError(self.not_finite("weights"))
         args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
         save_last(self.args.out_dir, self.checkpoint() | {
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "batches": self.batches.get_state(), "device": self.device.type,
-            "random": random, "args": args, "best": self.best, "metrics": self.metrics,
-            "seconds": time.monotonic() - self.started})
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
+            "batches": self.batches.get_state(), "random": random, "device": self.device.type, "args": args,
+            "best": self.best, "metrics": self.metrics, "seconds": time.monotonic() - self.started})
 
     def not_finite(self, what: str) -> str:
         """The line that explains why the run ends."""
@@ -451,6 +492,9 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     files = parser.add_argument_group("files")
     files.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, help="any UTF-8 text (default data/input.txt: Tiny Shakespeare)")
     files.add_argument("--out_dir", type=Path, default=CHECKPOINTS, help="folder for all a run makes (default checkpoints/)")
+    files.add_argument("--preset", choices=PRESETS, default="reference",
+                       help="values for the flags not given: of the published run (reference, the default), of one that gets as far "
+                            "in 600 iterations (fast), or of the one that gets farthest (best)")
     files.add_argument("--resume", action="store_true", help="go on from last.pt in --out_dir, with its flags unless given anew")
     network = parser.add_argument_group("network")
     flag(network, "vocab_size", config.vocab_size, 256, "tokens in the vocabulary")
@@ -458,7 +502,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(network, "n_embd", config.n_embd, 1, "channels of the residual stream")
     flag(network, "n_head", config.n_head, 1, "attention heads; each has n_embd // n_head channels")
     flag(network, "n_layer", config.n_layer, 1, "blocks of attention and feed-forward")
-    flag(network, "dropout", config.dropout, 0, "share of activations dropped while training, less than 1")
+    flag(network, "dropout", config.dropout, 0, "share of activations dropped while training, after attention and feed-forward; less than 1")
+    flag(network, "attention_dropout", config.attention_dropout, 0, "share of attention weights dropped while training, less than 1")
     training = parser.add_argument_group("training")
     flag(training, "batch_size", 64, 1, "sequences in a batch, all processes together")
     flag(training, "gradient_accumulation_steps", 0, 0, "parts a batch is computed in, one after the other; 0: one, or on a CPU "
@@ -471,6 +516,9 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "weight_decay", 0.01, 0, "of AdamW, on matrices only")
     flag(training, "beta1", 0.9, 0, "AdamW's decay rate of the first moment, less than 1")
     flag(training, "beta2", 0.999, 0, "AdamW's decay rate of the second moment, less than 1")
+    flag(training, "muon_lr", 0.0, 0, "step size of Muon, which then trains the matrices in the blocks; 0: AdamW trains all")
+    flag(training, "init_std", 0.0, 0, "standard deviation of the initial matrices; 0: PyTorch's default initialisation")
+    flag(training, "bpe_dropout", 0.0, 0, "share of merges left out when the training text is cut into tokens, anew on each pass; less than 1")
     flag(training, "grad_clip", 0.0, 0, "largest norm of the gradient; 0: any")
     flag(training, "seed", 1337, 0, "of initialisation, batches and dropout")
     flag(training, "eval_interval", 500, 1, "iterations between two evaluations")
@@ -484,7 +532,11 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
                          help="fuse the network with torch.compile (default: where it can, on CUDA)")
 
     args, last = parser.parse_args(), None
+    parser.set_defaults(**PRESETS[args.preset])
+    args = parser.parse_args()
     args.data_path = args.data_path.resolve()  # as --resume may be called from another folder
+    if args.resume and args.preset != "reference":
+        parser.error("--preset is for a new run: --resume goes on with the flags of the run it finds")
     if args.resume:
         last = load_last(args.out_dir)
         saved = {name: value for name, value in last["args"].items() if name not in ("resume", "out_dir")}
@@ -497,7 +549,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
             if name in saved and str(saved[name]) != str(value) and int(os.environ.get("RANK", 0)) == 0:
                 print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on")
     for name, minimum in at_least.items():
-        value, less_than_1 = getattr(args, name), name in ("dropout", "beta1", "beta2")
+        value, less_than_1 = getattr(args, name), name in ("dropout", "attention_dropout", "bpe_dropout", "beta1", "beta2")
         if not minimum <= value < (1 if less_than_1 else math.inf):
             parser.error(f"--{name} must be at least {minimum}{' and less than 1' if less_than_1 else ''}, not {value}")
     if args.n_head > args.n_embd:
