@@ -1,9 +1,11 @@
-"""Draw what happened in training, from the two files that train.py leaves behind. No model is loaded.
+"""Draw what happened in training, from the files that train.py leaves behind.
 
-    python plots.py                  # draws loss.png, relu_training.png, relu_outputs.png and relu_gradients.png
-    python plots.py --format svg     # the same as vector graphics
+    python plots.py                                # draws loss, relu_training, relu_outputs and relu_gradients.png
+    python plots.py --format svg                   # the same as vector graphics
+    python plots.py --attention "ROMEO: But soft"  # draws attention.png and expected.png, how the network reads a text
 
-metrics.csv has a row per evaluation; histograms.npz the ReLU outputs and gradients of the last one.
+metrics.csv has a row per evaluation; histograms.npz the ReLU outputs and gradients of the last one. Only --attention
+loads the network.
 """
 import argparse
 import sys
@@ -15,8 +17,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from tokenizer import CHECKPOINTS, atomic_write
+from tokenizer import atomic_write, default_run
 
+MAX_TOKENS = 40  # whose attention can be told apart in a picture
 MAX_BYTES = 2**26  # both files are some kilobytes; anything near this is not one of ours
 
 KNOWN_COLUMNS = ("iteration", "tokens_seen", "epochs", "learning_rate")  # a number in every row, however it goes
@@ -109,6 +112,45 @@ def read_histograms(path, n_layer):
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for a file that is not what it says
         raise ValueError(f"{path} is damaged, or of a network with another n_layer; train again") from error
     return histograms
+
+
+def read_text_with_network(out_dir, text):
+    """Let the network in `out_dir` read a line end and `text`, of T tokens together.
+
+    Returns the tokens' labels (T strings), the attention weights (n_layer, n_head, T, T), a row per reading token, and
+    the probabilities of the next token (T, vocab_size), float32, and the labels of the vocabulary. Raises ValueError.
+    """
+    import torch  # here, as no other picture needs the network, which takes seconds to load
+
+    from model import load_model
+    from tokenizer import BasicTokenizer
+
+    path = out_dir / "model.pt"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: train first, with `python train.py`, or name a run with --out_dir")
+    tokenizer = BasicTokenizer(out_dir=out_dir)
+    model, _ = load_model(path, tokenizer.fingerprint)
+    ids = [ord("\n"), *tokenizer.encode_array(text).tolist()]
+    longest = min(MAX_TOKENS, model.config.block_size)
+    if len(ids) > longest or not text:
+        raise ValueError(f"--attention: the text has {len(ids) - 1} tokens, a picture 1 to {longest - 1}: give another text")
+    products = []
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda layer, inputs, output: products.append(output[0]))
+    with torch.inference_mode():
+        logits, _ = model(torch.tensor([ids]))
+        q, k, _ = torch.stack(products).view(len(products), len(ids), 3, model.config.n_head, -1).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * model.config.head_size ** -0.5  # (n_layer, n_head, T, T)
+        weights = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+    labels = [label(spelling) for spelling in tokenizer.vocab.values()]
+    return [labels[token] for token in ids], weights.numpy(), logits[0].softmax(-1).numpy(), ids, labels
+
+
+def label(spelling):
+    """A token's bytes as something to print: b"e " -> "e␣", a line end as an arrow, other bytes in hexadecimal."""
+    text = spelling.decode("utf-8", errors="backslashreplace")
+    text = text.replace(" ", "␣").replace("\n", "↵")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 # ---- what compares with the published run ---------------------------------------------------------------------------
@@ -290,6 +332,54 @@ def draw_relu_gradients(metrics, histograms, row):
     return figure
 
 
+def draw_attention(tokens, weights):
+    """Each head of each layer: which earlier tokens (columns) a token (rows) takes how much from."""
+    n_layer, n_head, T, _ = weights.shape
+    side = WIDTH / (n_head + 0.7)
+    figure = Figure(figsize=(WIDTH, side * n_layer + 1))
+    grid = figure.subplots(n_layer, n_head, squeeze=False, sharex=True, sharey=True)
+    for layer, row in enumerate(grid):
+        for head, axes in enumerate(row):
+            picture = axes.imshow(np.where(np.tri(T, dtype=bool), weights[layer, head], np.nan), cmap="viridis", vmin=0, vmax=1)
+            axes.grid(False)
+            axes.set_xticks(range(T), tokens, fontsize=min(7, 75 * side / T), rotation=90)
+            axes.set_yticks(range(T), tokens, fontsize=min(7, 75 * side / T))
+            axes.tick_params(length=0, pad=1)
+            if layer == 0:
+                axes.set_title(f"head {head + 1}", fontsize=8)
+        row[0].set_ylabel(f"layer {layer + 1}", fontsize=8)
+    figure.colorbar(picture, ax=grid, label="share of attention", shrink=0.4, aspect=30, pad=0.01)
+    figure.suptitle("Attention: from which tokens (columns) each token (rows) gathers, head by head", x=0.01,
+                    horizontalalignment="left")
+    return figure
+
+
+def draw_expected(tokens, probs, ids, vocab):
+    """The text, each token shaded by the probability the network gave it, and above it what it thought likeliest."""
+    per_line = 10
+    lines = -(-(len(ids) - 1) // per_line)
+    figure = Figure(figsize=(WIDTH, 0.75 * lines + 1))
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["Blues"]
+    for place, (token, before) in enumerate(zip(ids[1:], probs)):
+        row, column = divmod(place, per_line)
+        share, likeliest = before[token], before.argmax()
+        axes.add_patch(matplotlib.patches.Rectangle((column, row), 0.96, 0.55, color=colors(0.85 * share)))
+        axes.text(column + 0.48, row + 0.22, tokens[place + 1], family="monospace", fontsize=11, color="white" if share > 0.55 else "black",
+                  horizontalalignment="center", verticalalignment="center")
+        axes.text(column + 0.48, row + 0.44, f"{share:.1%}", fontsize=6.5, color="white" if share > 0.55 else "#444444",
+                  horizontalalignment="center", verticalalignment="center")
+        if likeliest != token:
+            axes.text(column + 0.48, row - 0.12, f"{vocab[likeliest]} {before[likeliest]:.0%}", fontsize=7, color=GREY,
+                      family="monospace", horizontalalignment="center", verticalalignment="center")
+    nats = -np.log(probs[np.arange(len(ids) - 1), ids[1:]]).mean()
+    axes.set(xlim=(0, min(per_line, len(ids) - 1)), ylim=(lines - 0.35, -0.3))
+    axes.axis("off")
+    headline(figure, axes, f"What the network expects: {nats:.2f} nats per token, a perplexity of {np.exp(nats):.1f}",
+             "The darker a token, the likelier the network thought it before it read it; above, in grey, a likelier one.")
+    return figure
+
+
 def save(figure, path):
     """Write `figure` to `path`, in the format of its suffix, the same bytes for the same figure."""
     with atomic_write(path) as file:
@@ -317,10 +407,18 @@ def draw_all(out_dir, suffix):
     save(draw_relu_gradients(metrics, histograms, rows[-1]), out_dir / f"relu_gradients.{suffix}")
 
 
+def draw_reading(out_dir, text, suffix):
+    """Draw how the network in `out_dir` reads `text`. Raises ValueError or OSError."""
+    tokens, weights, probs, ids, vocab = read_text_with_network(out_dir, text)
+    save(draw_attention(tokens, weights), out_dir / f"attention.{suffix}")
+    save(draw_expected(tokens, probs, ids, vocab), out_dir / f"expected.{suffix}")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=CHECKPOINTS,
-                        help="folder of the run, read and written (default: checkpoints/ beside this script)")
+    parser.add_argument("--out_dir", type=Path, help="folder of the run, read and written "
+                        "(default: checkpoints/, or the pretrained network's if it holds none)")
+    parser.add_argument("--attention", metavar="TEXT", help="draw how the network reads this text instead")
     parser.add_argument("--format", choices=("png", "svg"), default="png",
                         help="png, pixels, or svg, vector graphics (default: png)")
     return parser.parse_args()
@@ -330,7 +428,10 @@ def main():
     args = parse_args()
     try:
         with matplotlib.rc_context(STYLE):
-            draw_all(args.out_dir, args.format)
+            if args.attention is None:
+                draw_all(args.out_dir or default_run("metrics.csv"), args.format)
+            else:
+                draw_reading(args.out_dir or default_run("model.pt"), args.attention, args.format)
     except (ValueError, OSError) as error:
         sys.exit(f"plots.py: {error}")
 

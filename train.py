@@ -37,7 +37,7 @@ from model import (CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype, load_
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, PRETRAINED, BasicTokenizer, atomic_write, read_text
 
 RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt", "metrics.csv", "histograms.npz"}
-PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients"}
+PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients", "attention", "expected"}
 PRESETS = {  # values of flags; what was tried to find them is in README.md
     "reference": {},
     "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.1,
