@@ -269,7 +269,7 @@ class BasicTokenizer:
                 string = string.replace(pair, new)
         return np.fromiter(map(ord, string), np.min_scalar_type(self.vocab_size), len(string))
 
-    def _encode_long(self, data, dropout, rng):
+    def _encode_long(self, data, dropout=0.0, rng=None):
         """Every merge in order, at the places an index of the text finds."""
         tokens = TokenSequence(data, self.vocab_size)
         for pair, new in self.merges.items():

@@ -47,6 +47,18 @@ def test_an_untrained_network_knows_nothing():
     assert abs(loss.item() - math.log(500)) < 0.3
 
 
+def test_initial_weights_are_normal_and_smaller_where_they_write_into_the_residual_stream():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig())
+    model.init_weights(0.02)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            expected = 0.02 / math.sqrt(10) if name.endswith(("proj.weight", "down.weight")) else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.02 and abs(p.mean().item()) < expected / 50, name
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+
+
 @pytest.mark.parametrize("config", [GPTConfig(), SMALL], ids=["published", "small"])
 def test_same_logits_and_gradients_as_the_textbook(config):
     torch.manual_seed(0)

@@ -3,6 +3,7 @@ import csv
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 SCRIPT = Path(__file__).resolve().parent.parent / "plots.py"
@@ -314,6 +316,40 @@ def test_no_network_library_is_loaded():
     code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import plots; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_how_the_network_reads_a_text_is_drawn_from_its_own_attention_and_probabilities(finished_run, tmp_path, draw):
+    from model import load_model
+
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    status, out, err = draw(folder, "--attention", "ROMEO: speak", "--format", "svg")
+    assert (status, err) == (0, "") and out.split() == [str(folder / "attention.svg"), str(folder / "expected.svg")]
+    words = texts(folder, "attention")
+    assert all(f"head {head}" in words and f"layer {layer}" in words for head in (1, 2, 3) for layer in (1, 2))
+    labels, weights, probs, ids, vocab = plots.read_text_with_network(folder, "ROMEO: speak")
+    assert weights.shape == (2, 3, len(ids), len(ids)) and np.allclose(weights.sum(-1), 1, atol=1e-5)
+    assert not weights[..., ~np.tri(len(ids), dtype=bool)].any()
+    model, _ = load_model(folder / "model.pt")
+    loss = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[1].item()
+    assert np.isclose(-np.log(probs[np.arange(len(ids) - 1), ids[1:]]).mean(), loss, atol=1e-4)
+    assert f"{loss:.2f} nats per token" in texts(folder, "expected")
+    # the weights are those the network works with: they give its own attention output
+    block, seen = model.blocks[0], []
+    block.attn.qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output[0]))
+    block.attn.proj.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0][0]))
+    model(torch.tensor([ids]))
+    v = seen[0].view(len(ids), 3, 3, -1)[:, 2].transpose(0, 1)  # (H, T, D)
+    assert torch.allclose((torch.from_numpy(weights[0]) @ v).transpose(0, 1).flatten(1), seen[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "x" * 100])
+def test_a_text_no_picture_can_hold_is_one_line(finished_run, draw, text):
+    is_one_line(draw(finished_run, "--attention", text), "--attention")
+
+
+def test_tokens_that_cannot_be_printed_have_labels():
+    assert [plots.label(b) for b in (b"e ", b"\n", b"\xe2", "\u00e9".encode(), b"\x00")] == [
+        "e\N{OPEN BOX}", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\\xe2", "\u00e9", "\\x00"]
 
 
 def test_the_published_curve_shows_only_what_was_measured(run):

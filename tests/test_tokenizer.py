@@ -187,6 +187,23 @@ def test_both_ways_of_encoding_agree_on_the_real_text(shakespeare, text):
     assert shakespeare._encode_short(data).tolist() == shakespeare._encode_long(data).tolist()
 
 
+def test_bpe_dropout_spells_the_same_text_in_other_tokens(shakespeare, text):
+    data = text[:200_000].encode()
+    draw = lambda seed, dropout: shakespeare.encode_array(data, dropout, np.random.default_rng(seed))
+    once, again, other = draw(1, 0.1), draw(1, 0.1), draw(2, 0.1)
+    assert once.tolist() == again.tolist() != other.tolist()
+    for ids in once, other, draw(3, 0.9):
+        assert shakespeare.decode_bytes(ids.tolist()) == data
+    plain = shakespeare.encode_array(data)
+    assert len(plain) < len(once) < 1.2 * len(plain) and len(draw(4, 0.999)) > 0.99 * len(data)
+    assert shakespeare.encode_array(b"", 0.1, np.random.default_rng(1)).tolist() == []
+
+
+def test_bpe_dropout_leaves_out_the_share_of_merges_it_is_given():
+    ids = tokenizer_of({(97, 98): 256}).encode_array(b"ab" * 100_000, 0.3, np.random.default_rng(0))
+    assert abs((ids == 256).sum() / 100_000 - 0.7) < 0.005
+
+
 # ---------------------------------------------------------------------------- the class
 
 
@@ -216,6 +233,18 @@ def test_train_may_be_called_again(small):
         loaded.train()
     loaded.train(small.data_path)
     assert loaded.merges == before
+
+
+def test_the_pretrained_network_serves_until_there_is_a_run_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tok, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(tok, "PRETRAINED", tmp_path / "pretrained")
+    assert tok.default_run("model.pt") == tmp_path
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / "model.pt").touch()
+    assert tok.default_run("model.pt") == tmp_path / "pretrained"
+    assert tok.default_run("metrics.csv") == tmp_path
+    (tmp_path / "model.pt").touch()
+    assert tok.default_run("model.pt") == tmp_path
 
 
 def test_fingerprints_differ_where_merges_do():

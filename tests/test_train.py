@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT, TINY, complaint, run
 
 from model import GPT, GPTConfig, load_checkpoint
-from train import parse_args, schedule
+from tokenizer import PRETRAINED
+from train import PRESETS, parse_args, schedule
 
 
 def train(folder, text, *args, **options):
@@ -285,6 +286,27 @@ def test_the_defaults_are_the_published_hyperparameters(monkeypatch):
     assert (args.batch_size, args.block_size, args.max_iters, args.eval_interval, args.learning_rate) == (64, 256, 5000, 500, 3e-4)
     assert (args.n_embd, args.n_head, args.n_layer, args.dropout, args.vocab_size) == (232, 6, 5, 0.2, 500)
     assert {schedule(i, args) for i in (0, 10, 4999)} == {1.0}
+
+
+def test_a_preset_gives_the_flags_that_are_not_given(monkeypatch, capsys):
+    for preset in PRESETS:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--preset", preset, "--weight_decay", "0.7"])
+        args, _ = parse_args()
+        assert args.weight_decay == 0.7
+        assert {name: getattr(args, name) for name in PRESETS[preset] if name != "weight_decay"} == {
+            name: value for name, value in PRESETS[preset].items() if name != "weight_decay"}
+        assert args.max_iters <= 5000 and (args.batch_size, args.block_size, args.vocab_size) == (64, 256, 500)
+        assert args.lr_decay_iters in (0, args.max_iters)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--preset", "fast"])
+    with pytest.raises(SystemExit):
+        parse_args()
+    assert "--preset is for a new run" in capsys.readouterr().err
+
+
+def test_the_networks_that_come_with_the_repository_are_never_trained_over(tiny_text):
+    before = sorted((path, path.stat().st_mtime_ns) for path in PRETRAINED.glob("*"))
+    assert "choose another folder" in complaint(train(PRETRAINED, tiny_text, "--max_iters", 1))
+    assert sorted((path, path.stat().st_mtime_ns) for path in PRETRAINED.glob("*")) == before
 
 
 def test_the_schedule_warms_up_and_follows_a_cosine(monkeypatch):
