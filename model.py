@@ -86,11 +86,11 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(width, config.n_embd)
         self.dropout = config.attention_dropout
 
-    def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is not None:  # of a Decoder, which will need them
-            cache[0][..., :T], cache[1][:, :, :T] = k.transpose(2, 3), v
+        q, k, v = qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:  # of a Decoder, which will need keys and values
+            cache[:, :, :, :T] = qkv[1:]
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 
@@ -154,7 +154,7 @@ class Block(nn.Module):
         self.ffwd = FeedForward(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.dropout(self.attn(self.ln_1(x), cache))
         return x + self.dropout(self.ffwd(self.ln_2(x)))
 
@@ -195,16 +195,16 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def hidden(self, idx: torch.Tensor, caches: list[tuple[torch.Tensor, torch.Tensor]] | None = None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, caches: torch.Tensor | None = None) -> torch.Tensor:
         """The normalised residual stream after the last block. idx: (B, T) int64 -> (B, T, C).
 
-        Each layer leaves its keys and values in its pair of `caches`, as `Decoder` describes them.
+        Each layer leaves its keys and values in its part of `caches`, which `Decoder` describes.
         """
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
         x = self.token_embedding(idx) + self.position_embedding.weight[:T]  # (B, T) -> (B, T, C)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+        for block, cache in zip(self.blocks, [None] * len(self.blocks) if caches is None else caches):
             x = block(x, cache)
         return self.ln(x)
 
@@ -256,42 +256,42 @@ class GPT(nn.Module):
 class Decoder:
     """Predicts one token after the other, keeping the keys and values of those before in buffers allocated once.
 
-    k: (n_layer, B, H, D, block_size), v: (n_layer, B, H, block_size, D), tokens: (B, block_size) int64; `length` of them are
-    filled. A step is `GPT.forward` for one position, in as few operations as it takes: in a network this small, starting an
-    operation takes as long as its arithmetic.
+    caches: (n_layer, 2, B, H, block_size, D), the keys and the values; tokens: (B, block_size) int64; `length` of them are filled.
+    A step is `GPT.forward` for one position, in as few operations as it takes: in a network this small, starting an operation
+    takes as long as its arithmetic.
     """
 
     def __init__(self, model: GPT, batch_size: int):
         self.model, config, self.length = model, model.config, 0
-        weight, shape = model.position_embedding.weight, (config.n_layer, batch_size, config.n_head)
-        self.k = weight.new_empty(*shape, config.head_size, config.block_size)
-        self.v = weight.new_empty(*shape, config.block_size, config.head_size)
+        weight = model.position_embedding.weight
+        self.caches = weight.new_empty(config.n_layer, 2, batch_size, config.n_head, config.block_size, config.head_size)
         self.tokens = torch.empty(batch_size, config.block_size, dtype=torch.int64, device=weight.device)
         self.unused = weight.new_zeros(1, 1, 1)  # to be added nothing to
-        self.layers = [(norm(block.ln_1), few_rows(block.attn.qkv), few_rows(block.attn.proj),
-                        norm(block.ln_2), few_rows(block.ffwd.up), few_rows(block.ffwd.down)) for block in model.blocks]
-        self.ln, self.head = norm(model.ln), few_rows(model.head)
+        self.layers = [(norm(block.ln_1), few_rows(block.attn.qkv, batch_size), few_rows(block.attn.proj, batch_size),
+                        norm(block.ln_2), few_rows(block.ffwd.up, batch_size), few_rows(block.ffwd.down, batch_size), cache)
+                       for block, cache in zip(model.blocks, self.caches)]
+        self.ln, self.head = norm(model.ln), few_rows(model.head, batch_size)
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
         """Forgets all, reads idx (B, T) int64 in one pass, and returns the logits of the token after it, (B, V)."""
         self.length = idx.shape[1]
         self.tokens[:, :self.length] = idx
-        return self.model.head(self.model.hidden(idx, list(zip(self.k, self.v)))[:, -1])
+        return self.model.head(self.model.hidden(idx, self.caches)[:, -1])
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Reads one more token of each row, (B,) int64, and returns the logits of the one after it, (B, V)."""
-        t, (B, H, D, _) = self.length, self.k.shape[1:]
+        t, (B, H, _, D) = self.length, self.caches.shape[2:]
         self.tokens[:, t] = token
         self.length = end = t + 1
         x = F.embedding(token, self.model.token_embedding.weight) + self.model.position_embedding.weight[t]  # (B, C)
-        for (ln_1, qkv, proj, ln_2, up, down), k_seen, v_seen in zip(self.layers, self.k, self.v):
-            q, k, v = qkv(ln_1(x)).view(B, 3, H, D).unbind(1)  # each (B, H, D)
-            k_seen[..., t], v_seen[:, :, t] = k, v
-            k_seen, v_seen = k_seen.view(B * H, D, -1)[..., :end], v_seen.view(B * H, -1, D)[:, :end]
-            scores = torch.baddbmm(self.unused, q.reshape(B * H, 1, D), k_seen, beta=0, alpha=D ** -0.5)  # (B * H, 1, end)
-            y = torch.bmm(scores.softmax(-1), v_seen)  # (B * H, 1, D)
+        for ln_1, qkv, proj, ln_2, up, down, cache in self.layers:
+            new = qkv(ln_1(x)).view(B, 3, H, D).transpose(0, 1)  # (3, B, H, D)
+            cache[:, :, :, t] = new[1:]
+            k, v = cache.view(2, B * H, -1, D)[:, :, :end].unbind()  # each (B * H, end, D)
+            scores = torch.baddbmm(self.unused, new[0].reshape(B * H, 1, D), k.mT, beta=0, alpha=D ** -0.5)  # (B * H, 1, end)
+            y = torch.bmm(scores.softmax(-1), v)  # (B * H, 1, D)
             x = x + proj(y.view(B, H * D))
             x = x + down(up(ln_2(x)).relu_())
         return self.head(self.ln(x))
@@ -303,14 +303,19 @@ def norm(layer: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: torch.layer_norm(x, shape, weight, bias)
 
 
-def few_rows(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that does what a linear layer does, for an input of few rows, (B, in) -> (B, out)."""
+def few_rows(layer: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that does what a linear layer does, for an input of so many rows, (rows, in) -> (rows, out)."""
     if isinstance(layer, Int8Linear):
         return layer.forward
-    bias, weight = layer.bias, layer.weight.t()  # (in, out)
-    if weight.shape[0] < weight.shape[1]:
-        weight = weight.contiguous()  # one row times a wide matrix is faster in this layout, times a narrow one in the other
-    return (lambda x: torch.mm(x, weight)) if bias is None else (lambda x: torch.addmm(bias, x, weight))
+    out, bias = layer.out_features, layer.bias if layer.bias is not None else layer.weight.new_zeros(layer.out_features)
+    if layer.weight.device.type != "cpu" or rows > 16:
+        weight = layer.weight.t()
+        return lambda x: torch.addmm(bias, x, weight)
+    # a product of one row reads weights and does little else, so each thread gets a part of them, to read from its own cache
+    parts = math.gcd(out, torch.get_num_threads())
+    weight = layer.weight.view(parts, out // parts, -1).mT.contiguous()  # (parts, in, out / parts)
+    bias = bias.view(parts, 1, -1)
+    return lambda x: torch.baddbmm(bias, x.expand(parts, -1, -1), weight).transpose(0, 1).reshape(rows, out)
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
