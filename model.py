@@ -55,15 +55,16 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
-def keep_mask(shape: torch.Size, p: float) -> torch.Tensor:
-    """A bool tensor on the CPU, True with probability 1 - p (to within 2^-17).
+def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the CPU of ones, with probability 1 - p (to within 2^-16), and zeros.
 
     Each 64-bit random integer is read as four 16-bit coins: ten times as fast as drawing one float a coin,
     and drawing these masks is what most of a training step on a CPU would otherwise go to.
     """
     n = shape.numel()
     coins = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(shape)
-    return coins >= round(p * 2**16) - 2**15
+    kept = coins.ge_(min(round(p * 2**16) - 2**15, 2**15 - 1))  # in place, as 0 and 1: a bool would be converted at each use
+    return kept.mul_(0x3F80).view(dtype) if dtype == torch.bfloat16 else kept.to(dtype)  # 0x3F80: the bits of 1.0 in bfloat16
 
 
 class Dropout(nn.Dropout):
@@ -72,7 +73,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or not self.training or self.p == 0:
             return super().forward(x)
-        return (x * keep_mask(x.shape, self.p)).mul_(1 / (1 - self.p))
+        return (x * keep_mask(x.shape, self.p, x.dtype)).mul_(1 / (1 - self.p))
 
 
 class CausalSelfAttention(nn.Module):
@@ -124,7 +125,7 @@ def attend_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout:
         end = min(start + 64, T)
         weights = torch.baddbmm(future[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2), alpha=D ** -0.5).softmax(-1)
         if dropout:
-            weights = weights * keep_mask(weights.shape, dropout)
+            weights = weights * keep_mask(weights.shape, dropout, weights.dtype)
         rows.append(torch.bmm(weights, v[:, :end]))  # (B * H, 64, D)
     return torch.cat(rows, dim=1).view(B, H, T, D)
 

@@ -97,21 +97,23 @@ def test_impossible_configs_are_refused(bad, message):
 
 # dropout
 
-@pytest.mark.parametrize("p", [0.1, 0.2, 1 / 3, 0.5])
-def test_dropout_masks_have_the_right_probability(p):
-    # what a coin does is decided by its 16 bits: count the values that drop, then see that coins are uniform
-    values = torch.arange(-2**15, 2**15)
-    drops = (values < round(p * 2**16) - 2**15).double().mean().item()
-    assert abs(drops - p) < 1e-5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.2, 1 / 3, 0.5, 0.999999])
+def test_dropout_masks_have_the_right_probability(p, dtype, monkeypatch):
     torch.manual_seed(0)
-    n = 20_000_000
-    share = 1 - keep_mask(torch.Size([n]), p).double().mean().item()
-    assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / n)  # five standard errors, 4.5e-4 for 0.2
+    n = 4_000_000
+    mask = keep_mask(torch.Size([n]), p, dtype)
+    assert mask.dtype == dtype and set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert abs(mask.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n) + 2**-16  # five standard errors
+    # each of the 2^16 values a coin can have, once: the probability itself
+    every = torch.arange(-2**15, 2**15, dtype=torch.int16).view(torch.int64)
+    monkeypatch.setattr(torch.Tensor, "random_", lambda self, *range: self.copy_(every))
+    assert abs(keep_mask(torch.Size([2**16]), p, dtype).double().mean().item() - (1 - p)) < 2e-5
 
 
 def test_dropout_masks_are_independent_of_their_neighbours():
     torch.manual_seed(0)
-    keep = keep_mask(torch.Size([4_000_000]), 0.2).double() - 0.8
+    keep = keep_mask(torch.Size([4_000_000]), 0.2, torch.float32).double() - 0.8
     for distance in 1, 2, 3, 4, 5, 8, 64, 256:
         correlation = (keep[:-distance] * keep[distance:]).mean().item() / 0.16
         assert abs(correlation) < 5 / math.sqrt(len(keep))
@@ -129,7 +131,7 @@ def test_attention_with_dropout_is_attention_whose_weights_are_dropped(monkeypat
     q, k, v = (torch.randn(5, 2, 100, 7, requires_grad=True) for _ in range(3))
     dropped = torch.rand(5 * 2, 100, 100) < 0.2
     masks = iter([dropped[:, :64, :64], dropped[:, 64:]])  # 64 queries, which see 64 keys, then the rest
-    monkeypatch.setattr(model_module, "keep_mask", lambda shape, p: ~next(masks))
+    monkeypatch.setattr(model_module, "keep_mask", lambda shape, p, dtype: (~next(masks)).to(dtype))
     future = torch.ones(100, 100, dtype=torch.bool).triu(1)
     weights = (q @ k.transpose(-2, -1) / math.sqrt(7)).masked_fill(future, float("-inf")).softmax(-1)
     expected = weights.masked_fill(dropped.view(5, 2, 100, 100), 0) / 0.8 @ v
