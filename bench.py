@@ -33,16 +33,16 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def alternate(a, b, repeats, of_b=1):
-    """Median seconds of two functions that run in turn, so that a drift of the machine meets both alike.
+def alternate(functions, repeats, often=None):
+    """Median seconds of each function; they run in turn, so that a drift of the machine meets all alike.
 
-    Where b is much the faster, it runs `of_b` times at each turn, as one short time is mostly chance.
+    One that is much the faster runs `often` at each turn, as one short time is mostly chance.
     """
-    times_a, times_b = [], []
+    times = [[] for _ in functions]
     for _ in range(repeats):
-        times_a.append(seconds(a))
-        times_b.extend(seconds(b) for _ in range(of_b))
-    return statistics.median(times_a), statistics.median(times_b)
+        for function, times_of_it, n in zip(functions, times, often or [1] * len(functions)):
+            times_of_it.extend(seconds(function) for _ in range(n))
+    return [statistics.median(times_of_it) for times_of_it in times]
 
 
 # ---------------------------------------------------------------------------- tokenizer
@@ -84,7 +84,7 @@ def compare_with_textbook(data_path, repeats):
         ("train 500 tokens", textbook_train, lambda: train_quietly(data_path, 500)),
         ("encode the text", textbook_encode, lambda: tokenizer.encode_array(data)),
     ):
-        slow, fast = alternate(textbook, ours, repeats, of_b=15)
+        slow, fast = alternate([textbook, ours], repeats, [1, 15])
         print(f"{name:18} textbook {slow:5.2f} s, ours {fast:.4f} s: {slow / fast:.0f} times faster", flush=True)
     ids = tokenizer.encode_array(data).tolist()
     same = results["textbook"] == (merges, ids) and results["ids"] == ids
@@ -143,8 +143,8 @@ def bench_train(args):
     from textbook_gpt import TextbookGPT
 
     config, device, batch_size = GPTConfig(), choose_device(args.device), args.batch_size
-    dtype = choose_dtype("auto", device)
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=device)
+    parts = idx.split(CPU_BATCH) if device.type == "cpu" else [idx]
 
     def iteration(model, dtype, fused, parts):
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=fused)
@@ -162,38 +162,40 @@ def bench_train(args):
             loss.item()  # waits for a GPU
         return run
 
-    textbook, network = TextbookGPT(config).to(device), GPT(config).to(device)
+    def ours(dtype):
+        network = GPT(config).to(device)
+        return iteration(torch.compile(network) if device.type == "cuda" else network, dtype, device.type in ("cpu", "cuda"), parts)
+
+    runs = {"textbook, float32": iteration(TextbookGPT(config).to(device), torch.float32, False, [idx])}
+    runs |= {f"ours, {str(dtype)[6:]}": ours(dtype) for dtype in dict.fromkeys([torch.float32, choose_dtype("auto", device)])}
+    memory = {}
+    for name, run in runs.items():
+        run(), run()  # warms up, and compiles
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            run()
+            memory[name] = peak_memory(device)
+    times = dict(zip(runs, alternate(list(runs.values()), args.repeats)))
+
+    network = GPT(config)
     matrices = sum(p.numel() for name, p in network.named_parameters() if p.dim() == 2 and "embedding" not in name)
     tokens = batch_size * config.block_size
     attention = 2 * config.n_layer * config.n_head * config.head_size * config.block_size  # per token, causal or not
     flops = 6 * tokens * (matrices + attention)  # Kaplan et al. 2020: two forward, four backward
-    ours = iteration(torch.compile(network) if device.type == "cuda" else network, dtype, device.type in ("cpu", "cuda"),
-                     idx.split(CPU_BATCH) if device.type == "cpu" else [idx])
-    theirs = iteration(textbook, torch.float32, False, [idx])
-    for warm_up in theirs, ours, ours:
-        warm_up()
-    memory = {}
-    if device.type == "cuda":
-        for name, run in ("textbook", theirs), ("ours", ours):
-            torch.cuda.reset_peak_memory_stats(device)
-            run()
-            memory[name] = peak_memory(device)
-    slow, fast = alternate(theirs, ours, args.repeats)
-    a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
-    matmul = statistics.median(seconds(lambda: (a @ b).sum().item()) for _ in range(5))
-    peak = 2 * 4096 ** 3 / matmul
-    print(f"one iteration of {batch_size} x {config.block_size} tokens on {device.type}, {str(dtype)[6:]} (the textbook's: float32)")
-    for name, time_ in ("textbook", slow), ("ours", fast):
+    print(f"an iteration of {batch_size} x {config.block_size} tokens on {device.type}; utilisation is of the speed of a large matrix product")
+    for name, time_ in times.items():
+        dtype = getattr(torch, name.split(", ")[1])
+        a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
+        peak = 2 * 4096 ** 3 / statistics.median(seconds(lambda: (a @ b).sum().item()) for _ in range(5))
         held = f", {memory[name] / 1e9:.2f} GB" if memory else ""
-        print(f"{name:10}{time_:9.4f} s {1 / time_:9.2f} iterations/s {tokens / time_:12,.0f} tokens/s"
-              f"{flops / time_ / 1e9:10,.0f} GFLOP/s{held}")
-    print(f"{slow / fast:.2f} times faster; {flops / fast / peak:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a large matrix product")
+        print(f"{name:18}{time_:8.4f} s {1 / time_:8.2f} iterations/s {tokens / time_:10,.0f} tokens/s {flops / time_ / 1e9:9,.0f} GFLOP/s"
+              f"  ({flops / time_ / peak:4.0%} of {peak / 1e9:,.0f}){held}   {times['textbook, float32'] / time_:.2f} times the textbook")
     if not memory:
-        print(f"peak memory of the process, both networks in it: {peak_memory(device) / 1e9:.2f} GB")
+        print(f"peak memory of the process, all networks in it: {peak_memory(device) / 1e9:.2f} GB")
 
 
 def bench_sample(args):
-    """Tokens a second of one stream, and of 64, from a full context on, in turn."""
+    """Tokens a second, in turn: of one stream from a full context on, and of 64 from a single token up to a full context."""
     import torch
 
     from model import GPT, GPTConfig
@@ -205,19 +207,16 @@ def bench_sample(args):
     prompt = torch.randint(config.vocab_size, (1, config.block_size))
     samplers = {"textbook": (lambda: textbook.generate(prompt, 60), 60),
                 "ours, one stream": (lambda: network.generate(prompt, 1000), 1000),
-                "ours, 64 streams": (lambda: network.generate(prompt.expand(64, -1), 150), 64 * 150)}
+                "ours, 64 streams": (lambda: network.generate(prompt[:, :1].expand(64, -1), 255), 64 * 255)}
     with contextlib.suppress(ImportError):
         from transformers import GPT2Config, GPT2LMHeadModel
         gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=256, n_embd=228, n_head=6, n_layer=5)).eval()
         samplers["Hugging Face GPT-2"] = lambda: gpt2.generate(prompt[:, :1], max_new_tokens=250, min_new_tokens=250, do_sample=True), 250
-    rates = {name: [] for name in samplers}
-    for _ in range(args.repeats):
-        for name, (run, count) in samplers.items():
-            rates[name].append(count / seconds(run))
-    base = statistics.median(rates["textbook"])
-    for name, values in rates.items():
-        rate = statistics.median(values)
-        print(f"{name:20}{rate:10,.0f} tokens/s{rate / base:8.1f} times the textbook")
+    network.generate(prompt, 200)  # warms up
+    times = alternate([run for run, _ in samplers.values()], args.repeats)
+    rates = {name: count / time_ for (name, (_, count)), time_ in zip(samplers.items(), times)}
+    for name, rate in rates.items():
+        print(f"{name:20}{rate:10,.0f} tokens/s{rate / rates['textbook']:8.1f} times the textbook")
 
 
 def bench_quantize(args):
