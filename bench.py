@@ -4,6 +4,7 @@
     python bench.py tokenizer --megabytes 1,10,100     # time and memory against the size of the text
     python bench.py train                              # an iteration, against the textbook network's
     python bench.py sample                             # tokens a second, against the textbook sampler and Hugging Face's
+    python bench.py context                            # the loss past the window, against the reference's crop
     python bench.py quantize                           # ways to quantize a trained network, against float32
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import CHECKPOINTS, DEFAULT_TEXT, BasicTokenizer, read_text
+from tokenizer import DEFAULT_TEXT, BasicTokenizer, default_run, read_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))  # the reference implementations live there
 
@@ -219,6 +220,41 @@ def bench_sample(args):
         print(f"{name:20}{rate:10,.0f} tokens/s{rate / rates['textbook']:8.1f} times the textbook")
 
 
+def bench_context(args):
+    """What it costs to re-read half a window now and then: loss on the validation text, against the crop for every token."""
+    import torch
+    import torch.nn.functional as F
+
+    from model import load_model, split, windows
+
+    tokenizer = BasicTokenizer(out_dir=args.out_dir)
+    model, checkpoint = load_model(args.out_dir / "model.pt", tokenizer.fingerprint)
+    T = model.config.block_size
+    _, val = split(tokenizer.encode_array(read_text(args.data_path)), T)
+    val = torch.from_numpy(val.astype(np.int64))
+
+    def losses(starts, first):
+        """Of the tokens after positions `first` to T of the windows that begin at starts, by their place in val."""
+        places, values = [], []
+        with torch.inference_mode():
+            for part in starts.split(64):
+                idx, targets = windows(val, part, T)
+                values.append(F.cross_entropy(model(idx)[0].mT, targets, reduction="none")[:, first - 1:].flatten())
+                places.append((part[:, None] + torch.arange(first, T + 1)).flatten())
+        return torch.cat(places), torch.cat(values)
+
+    half = T // 2
+    places, ours = losses(torch.arange(0, len(val) - T, T - half + 1), half)  # contexts of half a window to a whole one, as `stream` has
+    some = torch.arange(half, len(places), 40)
+    some = some[places[some] >= T]
+    _, crop = losses(places[some] - T, T)  # a whole window before each token
+    ours = ours[some]
+    print(f"{args.out_dir / 'model.pt'}, iteration {checkpoint['iteration']}; {len(some):,} tokens of the validation text")
+    print(f"the last {T} tokens before each: {crop.mean():.4f} nats per token")
+    print(f"re-reading half when full:     {ours.mean():.4f} nats per token ({(ours - crop).mean():+.4f}, "
+          f"standard error {(ours - crop).std() / len(some) ** 0.5:.4f})")
+
+
 def bench_quantize(args):
     """Ways to quantize a trained network, as a Markdown table; the speeds of all are measured in turn."""
     import torch
@@ -317,12 +353,14 @@ def parse_args():
                      help="measure texts of these sizes instead: time and peak memory as a Markdown table")
     for function, summary in ((bench_train, "an iteration of training, against the textbook network's"),
                               (bench_sample, "sampling, against the textbook's and, where installed, Hugging Face transformers'"),
+                              (bench_context, "the loss past the window, re-reading half of it, against the reference's crop"),
                               (bench_quantize, "ways to quantize a trained network, against float32")):
         sub = commands.add_parser(function.__name__[6:], help=summary, description=summary)
         sub.set_defaults(function=function)
         sub.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds, of which the median counts (default: 5)")
-        if function is bench_quantize:
-            sub.add_argument("--out_dir", type=Path, default=CHECKPOINTS, help="folder of the trained run (default: checkpoints/)")
+        if function in (bench_context, bench_quantize):
+            sub.add_argument("--out_dir", type=Path, default=default_run("model.pt"),
+                             help="folder of the trained run (default: checkpoints/, or the pretrained network's)")
             sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, help="its text (default: data/input.txt)")
         if function is bench_train:
             sub.add_argument("--batch_size", type=int, default=64, metavar="N", help="sequences in a batch (default: 64)")

@@ -41,7 +41,7 @@ PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients", "attentio
 PRESETS = {  # values of flags; what was tried to find them is in README.md
     "reference": {},
     "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.1,
-             "warmup_iters": 50, "lr_decay_iters": 600, "min_lr": 0.0, "init_std": 0.02, "attention_dropout": 0.0},
+             "warmup_iters": 50, "lr_decay_iters": 600, "min_lr": 0.0, "init_std": 0.02, "attention_dropout": 0.0, "bpe_dropout": 0.1},
 }
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration", "optimizers", "scaler", "batches", "random", "device", "args", "text", "tokenizer", "best", "seconds", "metrics"}
