@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
@@ -223,9 +224,13 @@ def draw_loss(metrics):
         end = max(1, np.searchsorted(REFERENCE_ITERATION, iteration[-1]))  # its first point at or past our end
         shown = slice(1, end + 1)  # from 500: a straight line from 0 to there would be far above what it really did
         thin = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 5, "alpha": 0.75}
-        x, train, best = REFERENCE_ITERATION[shown], REFERENCE_TRAIN[shown], REFERENCE_VAL[shown].min()
-        axes.plot(x, train, color=TRAIN_COLOR, label="train, published run", **thin)
-        axes.plot(x, REFERENCE_VAL[shown], color=VAL_COLOR, label=f"validation, published run: best {best:.4f}", **thin)
+        if iteration[-1] >= REFERENCE_ITERATION[1]:
+            x = REFERENCE_ITERATION[shown]
+            axes.plot(x, REFERENCE_TRAIN[shown], color=TRAIN_COLOR, label="train, published run", **thin)
+            axes.plot(x, REFERENCE_VAL[shown], color=VAL_COLOR, label="validation, published run", **thin)
+        best = REFERENCE_VAL.argmin()
+        axes.axhline(REFERENCE_VAL[best], color=VAL_COLOR, linestyle=":", linewidth=1, alpha=0.75,
+                     label=f"published run's best: {REFERENCE_VAL[best]:.4f}, at {REFERENCE_ITERATION[best]:,}")
     axes.set(yscale="log", ylabel="loss, nats per token")  # logarithmic, or the first drop would flatten all the rest
     loss_ticks(axes.yaxis)
 
@@ -340,7 +345,8 @@ def draw_attention(tokens, weights):
     grid = figure.subplots(n_layer, n_head, squeeze=False, sharex=True, sharey=True)
     for layer, row in enumerate(grid):
         for head, axes in enumerate(row):
-            picture = axes.imshow(np.where(np.tri(T, dtype=bool), weights[layer, head], np.nan), cmap="viridis", vmin=0, vmax=1)
+            shares = np.where(np.tri(T, dtype=bool), weights[layer, head], np.nan)
+            picture = axes.imshow(shares, cmap="viridis", norm=PowerNorm(0.5, 0, 1))  # the root, or small shares were all dark
             axes.grid(False)
             axes.set_xticks(range(T), tokens, fontsize=min(7, 75 * side / T), rotation=90)
             axes.set_yticks(range(T), tokens, fontsize=min(7, 75 * side / T))
@@ -356,8 +362,8 @@ def draw_attention(tokens, weights):
 
 def draw_expected(tokens, probs, ids, vocab):
     """The text, each token shaded by the probability the network gave it, and above it what it thought likeliest."""
-    per_line = 10
-    lines = -(-(len(ids) - 1) // per_line)
+    lines = -(-(len(ids) - 1) // 10)
+    per_line = -(-(len(ids) - 1) // lines)  # lines of about the same length
     figure = Figure(figsize=(WIDTH, 0.75 * lines + 1))
     axes = figure.subplots()
     colors = matplotlib.colormaps["Blues"]

@@ -38,11 +38,12 @@ from tokenizer import CHECKPOINTS, DEFAULT_TEXT, PRETRAINED, BasicTokenizer, ato
 
 RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt", "metrics.csv", "histograms.npz"}
 PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients", "attention", "expected"}
-PRESETS = {  # values of flags; what was tried to find them is in README.md
+PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried to find them is in README.md
     "reference": {},
     "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.1,
-             "warmup_iters": 50, "lr_decay_iters": 600, "min_lr": 0.0, "init_std": 0.02, "attention_dropout": 0.0, "bpe_dropout": 0.1},
+             "warmup_iters": 50, "lr_decay_iters": None, "min_lr": 0.0, "init_std": 0.02, "attention_dropout": 0.0, "bpe_dropout": 0.1},
 }
+PRESETS["best"] = PRESETS["fast"] | {"max_iters": 3000, "eval_interval": 250, "dropout": 0.3, "bpe_dropout": 0.2}
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration", "optimizers", "scaler", "batches", "random", "device", "args", "text", "tokenizer", "best", "seconds", "metrics"}
 
@@ -68,6 +69,8 @@ def build_optimizers(model: GPT, args: argparse.Namespace, device: torch.device)
 
     Both decay matrices only, not biases and norms.
     """
+    if args.muon_lr and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"--muon_lr needs PyTorch 2.9 or newer, not {torch.__version__}: pip install -r requirements.txt")
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2] if args.muon_lr else []
     for_adamw = [p for p in model.parameters() if all(p is not q for q in for_muon)]
     groups = [{"params": [p for p in for_adamw if p.dim() == 2], "weight_decay": args.weight_decay},
@@ -511,7 +514,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "max_iters", 5000, 1, "iterations in all")
     flag(training, "learning_rate", 3e-4, 0, "step size of AdamW")
     flag(training, "warmup_iters", 0, 0, "iterations over which the learning rate rises from 0")
-    flag(training, "lr_decay_iters", 0, 0, "iteration at which a cosine has taken it down to --min_lr; 0: it stays constant")
+    flag(training, "lr_decay_iters", 0, 0, "iteration at which a cosine has taken it down to --min_lr; 0: it stays constant; "
+                                            "presets but the reference: --max_iters")
     flag(training, "min_lr", 3e-5, 0, "where that cosine ends")
     flag(training, "weight_decay", 0.01, 0, "of AdamW, on matrices only")
     flag(training, "beta1", 0.9, 0, "AdamW's decay rate of the first moment, less than 1")
@@ -533,6 +537,9 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
 
     args, last = parser.parse_args(), None
     parser.set_defaults(**PRESETS[args.preset])
+    args = parser.parse_args()
+    if args.lr_decay_iters is None:
+        parser.set_defaults(lr_decay_iters=args.max_iters)
     args = parser.parse_args()
     args.data_path = args.data_path.resolve()  # as --resume may be called from another folder
     if args.resume and args.preset != "reference":

@@ -28,7 +28,7 @@ def download():
     """Return the bytes at URL, at most SIZE + 1 of them. Raises OSError or HTTPException when that fails."""
     data = bytearray()
     with (urllib.request.urlopen(URL, timeout=TIMEOUT) as response,
-          tqdm(total=SIZE, unit="B", unit_scale=True, desc=PATH.name) as bar):
+          tqdm(total=SIZE, unit="B", unit_scale=True, desc=PATH.name, disable=None) as bar):
         # one byte too many is enough to know that it is not our file, however long it goes on
         while chunk := response.read(min(65_536, SIZE + 1 - len(data))):
             data += chunk

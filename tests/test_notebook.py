@@ -9,7 +9,7 @@ from conftest import ROOT, run
 PATH = ROOT / "train.ipynb"
 NOTEBOOK = json.loads(PATH.read_text(encoding="utf-8"))
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:bin|content|etc|home|mnt|opt|private|root|srv|tmp|usr|var|work|Users)/|\b[A-Z]:\\")
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:bin|content|etc|home|mnt|opt|private|root|srv|tmp|usr|var|Users)/|\b[A-Z]:\\")
 
 
 def commands():

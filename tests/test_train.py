@@ -293,10 +293,11 @@ def test_a_preset_gives_the_flags_that_are_not_given(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train.py", "--preset", preset, "--weight_decay", "0.7"])
         args, _ = parse_args()
         assert args.weight_decay == 0.7
-        assert {name: getattr(args, name) for name in PRESETS[preset] if name != "weight_decay"} == {
-            name: value for name, value in PRESETS[preset].items() if name != "weight_decay"}
+        expected = PRESETS[preset] | ({} if preset == "reference" else {"lr_decay_iters": args.max_iters}) | {"weight_decay": 0.7}
+        assert {name: getattr(args, name) for name in expected} == expected
         assert args.max_iters <= 5000 and (args.batch_size, args.block_size, args.vocab_size) == (64, 256, 500)
-        assert args.lr_decay_iters in (0, args.max_iters)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "fast", "--max_iters", "40"])
+    assert parse_args()[0].lr_decay_iters == 40
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--preset", "fast"])
     with pytest.raises(SystemExit):
         parse_args()
