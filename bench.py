@@ -4,7 +4,7 @@
     python bench.py tokenizer --megabytes 1,10,100     # time and memory against the size of the text
     python bench.py train                              # an iteration, against the textbook network's
     python bench.py sample                             # tokens a second, against the textbook sampler and Hugging Face's
-    python bench.py context                            # the loss past the window, against the reference's crop
+    python bench.py loss                               # the validation loss, exact, of random batches, past the window
     python bench.py quantize                           # ways to quantize a trained network, against float32
 """
 
@@ -220,18 +220,25 @@ def bench_sample(args):
         print(f"{name:20}{rate:10,.0f} tokens/s{rate / rates['textbook']:8.1f} times the textbook")
 
 
-def bench_context(args):
-    """What it costs to re-read half a window now and then: loss on the validation text, against the crop for every token."""
+def bench_loss(args):
+    """The validation loss, measured in each of the ways it is spoken of."""
     import torch
     import torch.nn.functional as F
 
-    from model import load_model, split, windows
+    from model import load_model, mean_loss, side_by_side, split, windows
 
     tokenizer = BasicTokenizer(out_dir=args.out_dir)
     model, checkpoint = load_model(args.out_dir / "model.pt", tokenizer.fingerprint)
     T = model.config.block_size
     _, val = split(tokenizer.encode_array(read_text(args.data_path)), T)
+    per_char = len(val) / tokenizer.count_characters(val)
     val = torch.from_numpy(val.astype(np.int64))
+    draw = torch.Generator().manual_seed(1337)
+    print(f"{args.out_dir / 'model.pt'}, iteration {checkpoint['iteration']}; nats per token (per character)")
+    for name, starts in (("whole split, windows side by side", side_by_side(val, T)),
+                         ("200 random batches of 64 windows", torch.randint(len(val) - T, (200 * 64,), generator=draw))):
+        loss = mean_loss(model, val, starts)
+        print(f"{name:40}{loss:.4f} ({loss * per_char:.4f})", flush=True)
 
     def losses(starts, first):
         """Of the tokens after positions `first` to T of the windows that begin at starts, by their place in val."""
@@ -249,10 +256,10 @@ def bench_context(args):
     some = some[places[some] >= T]
     _, crop = losses(places[some] - T, T)  # a whole window before each token
     ours = ours[some]
-    print(f"{args.out_dir / 'model.pt'}, iteration {checkpoint['iteration']}; {len(some):,} tokens of the validation text")
-    print(f"the last {T} tokens before each: {crop.mean():.4f} nats per token")
-    print(f"re-reading half when full:     {ours.mean():.4f} nats per token ({(ours - crop).mean():+.4f}, "
-          f"standard error {(ours - crop).std() / len(some) ** 0.5:.4f})")
+    print(f"{len(some):,} tokens spread over the split, each with")
+    for name, loss in (f"the {T} tokens before it (the crop)", crop.mean()), (f"{half} to {T}, as in sampling past {T}", ours.mean()):
+        print(f"  {name:38}{loss:.4f} ({loss * per_char:.4f})")
+    print(f"  {'difference, and its standard error':38}{(ours - crop).mean():+.4f}, {(ours - crop).std() / len(some) ** 0.5:.4f}")
 
 
 def bench_quantize(args):
@@ -353,12 +360,12 @@ def parse_args():
                      help="measure texts of these sizes instead: time and peak memory as a Markdown table")
     for function, summary in ((bench_train, "an iteration of training, against the textbook network's"),
                               (bench_sample, "sampling, against the textbook's and, where installed, Hugging Face transformers'"),
-                              (bench_context, "the loss past the window, re-reading half of it, against the reference's crop"),
+                              (bench_loss, "the validation loss, exact, of random batches, and past the window"),
                               (bench_quantize, "ways to quantize a trained network, against float32")):
         sub = commands.add_parser(function.__name__[6:], help=summary, description=summary)
         sub.set_defaults(function=function)
         sub.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds, of which the median counts (default: 5)")
-        if function in (bench_context, bench_quantize):
+        if function in (bench_loss, bench_quantize):
             sub.add_argument("--out_dir", type=Path, default=default_run("model.pt"),
                              help="folder of the trained run (default: checkpoints/, or the pretrained network's)")
             sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, help="its text (default: data/input.txt)")

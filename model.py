@@ -267,7 +267,6 @@ class Decoder:
         weight = model.position_embedding.weight
         self.caches = weight.new_empty(config.n_layer, 2, batch_size, config.n_head, config.block_size, config.head_size)
         self.tokens = torch.empty(batch_size, config.block_size, dtype=torch.int64, device=weight.device)
-        self.unused = weight.new_zeros(1, 1, 1)  # to be added nothing to
         self.layers = [(norm(block.ln_1), few_rows(block.attn.qkv, batch_size), few_rows(block.attn.proj, batch_size),
                         norm(block.ln_2), few_rows(block.ffwd.up, batch_size), few_rows(block.ffwd.down, batch_size), cache)
                        for block, cache in zip(model.blocks, self.caches)]
@@ -288,12 +287,11 @@ class Decoder:
         self.length = end = t + 1
         x = F.embedding(token, self.model.token_embedding.weight) + self.model.position_embedding.weight[t]  # (B, C)
         for ln_1, qkv, proj, ln_2, up, down, cache in self.layers:
-            new = qkv(ln_1(x)).view(B, 3, H, D).transpose(0, 1)  # (3, B, H, D)
-            cache[:, :, :, t] = new[1:]
-            k, v = cache.view(2, B * H, -1, D)[:, :, :end].unbind()  # each (B * H, end, D)
-            scores = torch.baddbmm(self.unused, new[0].reshape(B * H, 1, D), k.mT, beta=0, alpha=D ** -0.5)  # (B * H, 1, end)
-            y = torch.bmm(scores.softmax(-1), v)  # (B * H, 1, D)
-            x = x + proj(y.view(B, H * D))
+            new = qkv(ln_1(x)).view(B, 3, H, 1, D).transpose(0, 1)  # (3, B, H, 1, D)
+            cache[:, :, :, t:end] = new[1:]
+            k, v = cache[:, :, :, :end]  # each (B, H, end, D)
+            y = F.scaled_dot_product_attention(new[0], k, v)  # (B, H, 1, D)
+            x = x + proj(y.reshape(B, H * D))
             x = x + down(up(ln_2(x)).relu_())
         return self.head(self.ln(x))
 
