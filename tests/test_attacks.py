@@ -326,7 +326,7 @@ def mutate(data, others, chance):
     elif how == "truncate":
         del data[at - 1:]
     elif how == "splice":
-        data[at:] = (other := chance.choice(others))[chance.choice([at, chance.randrange(len(other))]):]
+        data[at:] = (other := chance.choice(others))[chance.choice([at, 0, chance.randrange(len(other))]):]
     elif how == "double":
         data[at:at] = data[at:at + length]
     elif how == "blank":
@@ -382,7 +382,8 @@ def attack_files(source, folder, count, seed):
     truth, outcomes = {name: load[name]() for name in load}, {name: Counter() for name in load}
     assert all(same(load[name](), truth[name]) for name in load)
     for name in itertools.islice(itertools.cycle(load), count):
-        data = mutate(original[name], list(original.values()), chance)
+        while (data := mutate(original[name], list(original.values()), chance)) in original.values():
+            pass  # spliced where two files are equal up to there: a whole one
         (folder / name).write_bytes(data)
         try:
             found = load[name]()
@@ -408,12 +409,14 @@ def print_outcomes(title, outcomes):
         print(f"  {name:15} {sum(counts.values()):6}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in a damaged pickle
 def test_700_mutated_files_are_the_truth_or_refused(quantized_run, tmp_path):
     outcomes = attack_files(quantized_run, tmp_path / "run", 700, seed=0)
     assert all(sum(counts.values()) == 100 and counts["refused"] > 30 for counts in outcomes.values())
 
 
 @attack
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in a damaged pickle
 def test_10_500_mutated_files_are_the_truth_or_refused(quantized_run, tmp_path):
     outcomes = attack_files(quantized_run, tmp_path / "run", 10_500, seed=1)
     print_outcomes("mutated files", outcomes)
@@ -660,7 +663,7 @@ for line in sys.stdin:
 
 @attack
 def test_absurd_files_take_no_gigabytes(quantized_run, tmp_path):
-    """Each in a process of its own, as the peak of memory never falls; it may grow by 200 MB."""
+    """Each in a process of its own, as the peak of memory never falls; it may grow by 300 MB, which a vocabulary of a million takes."""
     peaks, program = {}, MEASURE.format(path=[str(ROOT), str(ROOT / "tests")])
     process = subprocess.Popen([sys.executable, "-c", program, quantized_run], cwd=tmp_path, text=True, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)
@@ -682,7 +685,7 @@ def test_absurd_files_take_no_gigabytes(quantized_run, tmp_path):
     process.wait()
     worst = max(peaks, key=peaks.get)
     print(f"\nabsurd files: {len(peaks)} refused; memory grew by at most {peaks[worst] / 1e6:.0f} MB ({worst})")
-    assert peaks[worst] < 200e6, peaks
+    assert peaks[worst] < 300e6, sorted((peak, what) for what, peak in peaks.items())[-6:]
     assert not (tmp_path / "code_ran").exists()
 
 
