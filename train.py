@@ -43,8 +43,7 @@ PRESETS = {  # values of flags; what was tried to find them is in README.md
     "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.1,
              "warmup_iters": 50, "lr_decay_iters": 600, "min_lr": 0.0, "init_std": 0.02, "attention_dropout": 0.0},
 }
-LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001,
-             "seed": 2**63}  # of the flags that have an upper bound
+LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list, "device": str, "args": dict,
                 "text": str, "tokenizer": str, "best": float, "seconds": float, "metrics": list}  # and what they are
@@ -582,7 +581,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
             if name in saved and str(saved[name]) != str(value) and int(os.environ.get("RANK", 0)) == 0:
                 print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on")
     for name, minimum in at_least.items():
-        value, limit = getattr(args, name), LESS_THAN.get(name, math.inf)
+        value = getattr(args, name)
+        limit = LESS_THAN.get(name, 2**63 if type(value) is int else math.inf)
         if not minimum <= value < limit:
             parser.error(f"--{name} must be at least {minimum}{f' and less than {limit}' if limit < math.inf else ''}, not {value}")
     if args.n_head > args.n_embd:

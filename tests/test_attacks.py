@@ -242,7 +242,7 @@ def test_kill_quantizing(tiny_run, tiny_text):
     save_checkpoint(tiny_run / "other.pt", other)
     flags = [["--out_dir", tiny_run, "--data_path", tiny_text, "--checkpoint", tiny_run / name] for name in ("model.pt", "other.pt")]
     before, fingerprint = set(contents(tiny_run)), BasicTokenizer(out_dir=tiny_run).fingerprint
-    with Victim("quantize") as victim:
+    with Victim("quantize", "import torch.ao.quantization") as victim:
         victim.run(*flags[0])
         begin, clock = out.stat().st_mtime_ns, time.monotonic()
         thread = threading.Thread(target=victim.run, args=flags[1], kwargs={"kill_after": 10})
@@ -711,7 +711,7 @@ def no_file_beyond(size):
 
 
 @attack
-@pytest.mark.parametrize("size", [0, 1, 100, 1500])
+@pytest.mark.parametrize("size", [0, 1500])
 def test_a_full_disk_is_one_line_and_changes_no_file(disk, tiny_run, size):
     script, flags = disk
     if script == "tokenizer.py":
@@ -838,6 +838,7 @@ def test_texts_of_every_kind_are_trained_on_or_named(tiny_text, tmp_path, change
 # ---------------------------------------------------------------------------- flags
 
 NONSENSE = ["", "x", "-", "1.2.3", "0x10", "\N{SNOWMAN}", "None", "1e"]
+LARGEST, TOO_LARGE = str(2**63 - 1), str(2**63)
 WHOLE, REAL = ["1.5", "nan", "inf", *NONSENSE], NONSENSE
 FROM_1 = (["1", "2", str(10**30)], ["0", "-1", *WHOLE])  # whole numbers: values that pass, and that do not
 FROM_0 = (["0", "1", str(10**30)], ["-1", *WHOLE])
@@ -848,10 +849,11 @@ BOUNDS = {
     "train": {"data_path": ANY, "out_dir": ANY, "preset": (["reference", "fast"], ["", "slow"]), "device": ANY,
               "dtype": (["auto", "float32", "bfloat16", "float16"], ["", "int8"]),
               "vocab_size": (["256", str(tokenizer.MAX_VOCAB)], ["255", str(tokenizer.MAX_VOCAB + 1), "-1", *WHOLE]),
-              "n_layer": (["1", "1000"], ["0", "1001", str(10**30), *WHOLE]), "seed": (["0", str(2**63 - 1)], ["-1", str(2**63), *WHOLE]),
-              "n_head": (["1", "232"], ["0", "233", *WHOLE]), "n_embd": (["6", str(10**30)], ["0", "5", *WHOLE])}
-    | dict.fromkeys(["block_size", "batch_size", "max_iters", "eval_interval"], FROM_1)
-    | dict.fromkeys(["gradient_accumulation_steps", "warmup_iters", "lr_decay_iters", "eval_iters"], FROM_0)
+              "n_layer": (["1", "1000"], ["0", "1001", str(10**30), *WHOLE]), "seed": (["0", LARGEST], ["-1", TOO_LARGE, *WHOLE]),
+              "n_head": (["1", "232"], ["0", "233", *WHOLE]), "n_embd": (["6", LARGEST], ["0", "5", TOO_LARGE, *WHOLE])}
+    | dict.fromkeys(["block_size", "batch_size", "max_iters", "eval_interval"], (["1", "2", LARGEST], ["0", "-1", TOO_LARGE, *WHOLE]))
+    | dict.fromkeys(["gradient_accumulation_steps", "warmup_iters", "lr_decay_iters", "eval_iters"],
+                    (["0", "1", LARGEST], ["-1", TOO_LARGE, *WHOLE]))
     | dict.fromkeys(["dropout", "attention_dropout", "bpe_dropout", "beta1", "beta2"], SHARE)
     | dict.fromkeys(["learning_rate", "min_lr", "weight_decay", "muon_lr", "init_std", "grad_clip"], POSITIVE),
     "generate": {"prompt": ANY, "prompt_file": ANY, "out_dir": ANY, "checkpoint": ANY, "out": ANY, "device": ANY, "max_new_tokens": FROM_1,
@@ -900,7 +902,7 @@ def test_every_flag_at_below_and_above_its_bounds(command, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--n_embd", str(10**7)], ["--batch_size", str(10**13)], ["--eval_iters", str(10**13)],
-                                   ["--n_embd", str(10**30)]])
+                                   ["--n_embd", str(10**18)]])
 def test_more_than_the_memory_is_one_line(tiny_text, tmp_path, flags):
     assert "not enough memory" in complaint(run("train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path, "--max_iters", 1, *flags))
 
