@@ -19,7 +19,6 @@ import io
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -132,11 +131,11 @@ def set_aside(out_dir: Path) -> None:
         return
     number = next(n for n in range(1, 10**6) if not (out_dir / f"earlier-{n}").exists())
     earlier = out_dir / f"earlier-{number}"
-    earlier.mkdir()
+    for name in "merges.pkl", "vocab.pkl":  # first, as only this takes room that the disk may not have
+        with atomic_write(earlier / name) as file:
+            file.write((out_dir / name).read_bytes())
     for path in sorted(out_dir.iterdir()):
-        if path.name in ("merges.pkl", "vocab.pkl"):
-            shutil.copy2(path, earlier)
-        elif path.name in RUN_FILES or path.suffix in (".png", ".svg") and path.stem in PICTURES:
+        if path.name in RUN_FILES or path.suffix in (".png", ".svg") and path.stem in PICTURES:
             path.replace(earlier / path.name)
     print(f"moved the earlier run to {earlier} (--resume would have continued it)")
 
@@ -149,7 +148,7 @@ def load_last(out_dir: Path) -> dict:
             last = load_checkpoint(out_dir / name)
             if not all(type(last.get(name)) is kind for name, kind in LAST_ENTRIES.items()):
                 raise ValueError(f"{out_dir / name} holds no training to resume")
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a training that saves just now may have renamed it meanwhile
             errors.append(error)
             continue
         if errors and (out_dir / "last.pt").exists():

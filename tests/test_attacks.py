@@ -4,6 +4,7 @@ The short attacks run with the other tests; all of them, counted, with: python -
 """
 import argparse
 import ast
+import contextlib
 import copy
 import csv
 import io
@@ -14,6 +15,7 @@ import os
 import pickle
 import random
 import resource
+import select
 import shutil
 import signal
 import struct
@@ -706,22 +708,30 @@ def disk(request, finished_run, tiny_text, monkeypatch):
     return request.param, lambda out: DISK[request.param](out, tiny_text)
 
 
+def failure(process):
+    """The one line of a failed script; before it, generate.py may have said what it samples from."""
+    first, _, rest = process.stderr.partition("\n")
+    if first.startswith("using "):
+        process.stderr = rest
+    return complaint(process)
+
+
 def no_file_beyond(size):
     return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
 
 
 @attack
-@pytest.mark.parametrize("size", [0, 1500])
+@pytest.mark.parametrize("size", [100, 1500])
 def test_a_full_disk_is_one_line_and_changes_no_file(disk, tiny_run, size):
     script, flags = disk
     if script == "tokenizer.py":
         for path in tiny_run.glob("*.pt*"):
             path.unlink()
     before = contents(tiny_run)
-    line = complaint(run(script, *flags(tiny_run) + (["--vocab_size", "310"] if script == "tokenizer.py" else []), **no_file_beyond(size)))
+    process = run(script, *flags(tiny_run) + (["--vocab_size", "310"] if script == "tokenizer.py" else []), **no_file_beyond(size))
+    line = failure(process)
     assert "cannot write" in line and str(tiny_run) in line
-    after = {path.relative_to(path.parts[0]) if "earlier-1" in path.parts else path: data for path, data in contents(tiny_run).items()}
-    assert {path: data for path, data in after.items() if path in before} == before and not list(tiny_run.rglob("*.tmp"))
+    assert contents(tiny_run) == before
 
 
 @pytest.fixture
@@ -739,14 +749,14 @@ def sealed(tmp_path):
 @attack
 def test_a_folder_nobody_can_write_into_is_one_line(disk, sealed):
     script, flags = disk
-    line = complaint(run(script, *flags(sealed / "run" if script != "plots.py" else sealed)))
+    line = failure(run(script, *flags(sealed / "run" if script != "plots.py" else sealed)))
     assert str(sealed) in line
 
 
 @attack
 @pytest.mark.parametrize("script, name, flags", [
     ("train.py", "merges.pkl", []), ("train.py", "metrics.csv", []), ("train.py", "histograms.npz", []), ("train.py", ".lock", []),
-    ("train.py", ".metrics.csv.tmp", []), ("train.py", "last.pt", ["--resume"]),
+    ("train.py", ".metrics.csv.tmp", []),
     ("quantize.py", "model_int8.pt", []), ("quantize.py", "model.pt", []), ("quantize.py", "vocab.pkl", []),
     ("generate.py", "model.pt", []), ("generate.py", "merges.pkl", []), ("generate.py", "text.txt", ["--out"]),
     ("generate.py", "prompt.txt", ["--prompt_file"]), ("tokenizer.py", "vocab.pkl", ["--vocab_size", "310"]), ("tokenizer.py", "merges.pkl", []),
@@ -760,10 +770,9 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tiny_run, tiny_text, script
     (tiny_run / name).mkdir()
     before = contents(tiny_run)
     flags = [*flags, tiny_run / name] if flags in (["--out"], ["--prompt_file"]) else flags
-    common = {"train.py": [] if "--resume" in flags else [*TINY, "--max_iters", "2", "--data_path", tiny_text], "quantize.py":
-              ["--data_path", tiny_text], "tokenizer.py": ["train", "--data_path", tiny_text, "--vocab_size", "300"]}.get(script, [])
-    line = complaint(run(script, *common, "--out_dir", tiny_run, *flags))
-    assert name.removeprefix(".").removesuffix(".tmp") in line or "last.pt" == name and "checkpoint" in line
+    common = {"train.py": [*TINY, "--max_iters", "2", "--data_path", tiny_text], "quantize.py": ["--data_path", tiny_text], "tokenizer.py": ["train", "--data_path", tiny_text, "--vocab_size", "300"]}.get(script, [])
+    line = failure(run(script, *common, "--out_dir", tiny_run, *flags))
+    assert str(tiny_run / name.removeprefix(".").removesuffix(".tmp")) in line or name == ".lock" and str(tiny_run) in line
     after = contents(tiny_run)
     assert all(after[path] == data for path, data in before.items() if path.suffix == ".pt")
     assert not [path for path in tiny_run.glob("*.tmp") if path.is_file()]
@@ -811,8 +820,8 @@ def test_3000_random_texts_come_back_byte_for_byte(quantized_run):
                                      b"\xff" * 100, b"10 MB \xf0\x9f\x98\x80\n" * 870_000], ids=["NUL", "BOM", "Latin-1", "UTF-16", "0xFF", "10 MB"])
 def test_prompt_files_of_any_bytes_are_continued(finished_run, tmp_path, content):
     (tmp_path / "prompt").write_bytes(content)
-    flags = ["--out_dir", finished_run, "--max_new_tokens", 5, "--prompt_file", tmp_path / "prompt", "--device", "cpu"]
-    process = run("generate.py", *flags, text=False)
+    command = [sys.executable, ROOT / "generate.py", "--out_dir", finished_run, "--max_new_tokens", "5", "--device", "cpu"]
+    process = subprocess.run([*command, "--prompt_file", tmp_path / "prompt"], capture_output=True, timeout=120)
     assert process.returncode == 0 and process.stdout.startswith(content.decode(errors="replace").rstrip("\ufffd").encode())
     assert b"5 tokens in" in process.stderr and b"Traceback" not in process.stderr
 
@@ -901,7 +910,7 @@ def test_every_flag_at_below_and_above_its_bounds(command, monkeypatch, capsys):
     assert given("--nonsense")[0] == 2
 
 
-@pytest.mark.parametrize("flags", [["--n_embd", str(10**7)], ["--batch_size", str(10**13)], ["--eval_iters", str(10**13)],
+@pytest.mark.parametrize("flags", [["--n_embd", str(10**9)], ["--batch_size", str(10**13)], ["--eval_iters", str(10**13)],
                                    ["--n_embd", str(10**18)]])
 def test_more_than_the_memory_is_one_line(tiny_text, tmp_path, flags):
     assert "not enough memory" in complaint(run("train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path, "--max_iters", 1, *flags))
@@ -998,7 +1007,7 @@ def test_1000_loads_while_checkpoints_are_saved(quantized_run, tmp_path):
 
 @attack
 def test_a_terminal_resized_again_and_again(tiny_text, tmp_path):
-    """SIGWINCH, as a terminal sends it, 200 times while the progress bar is drawn."""
+    """SIGWINCH, as a terminal sends it, up to 200 times while the progress bar is drawn."""
     import fcntl
     import pty
     import termios
@@ -1007,15 +1016,14 @@ def test_a_terminal_resized_again_and_again(tiny_text, tmp_path):
                                stdout=subprocess.PIPE, stderr=theirs, text=True)
     os.close(theirs)
     drawn, chance, resized = b"", random.Random(9), 0
-    try:
-        while piece := os.read(ours, 65536):
-            drawn += piece
-            if resized < 200:
-                fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", chance.randrange(50), chance.randrange(200), 0, 0))
-                process.send_signal(signal.SIGWINCH)
-                resized += 1
-    except OSError:  # the other end is closed
-        pass
+    while process.poll() is None:
+        if select.select([ours], [], [], 0.02)[0]:
+            with contextlib.suppress(OSError):  # the other end is closed
+                drawn += os.read(ours, 65536)
+        if drawn and resized < 200:
+            fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", chance.randrange(50), chance.randrange(200), 0, 0))
+            process.send_signal(signal.SIGWINCH)
+            resized += 1
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "iteration 600" in out and resized > 20 and b"Traceback" not in drawn
 
