@@ -467,7 +467,10 @@ def use_int8(model: GPT, weights: dict[str, torch.Tensor]) -> None:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Writes a checkpoint so that `path` holds the old file or the new one, whole, whatever happens. Raises OSError."""
     with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch.save ends its archive even where the disk is full, and complains of that instead
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def find_checkpoint(path: Path) -> Path:
