@@ -328,8 +328,8 @@ class Trainer:
         elif self.master:
             print(f"saved on {len(last['random'])} x {last['device']}, going on on {self.world_size} x {self.device.type}: "
                   "batches and dropout will be others than those of an unbroken run")
-        if not last["metrics"] or not all(row.keys() == last["metrics"][0].keys() >= {"iteration", "val_loss"} and {type(value) for value in row.values()} <= {int, float}
-                                          for row in last["metrics"]):
+        columns = last["metrics"][0].keys()
+        if not all(row.keys() == columns >= {"iteration", "val_loss"} and {*map(type, row.values())} <= {int, float} for row in last["metrics"]):
             raise ValueError("metrics without their columns, or that are no numbers")
         self.iteration, self.best, self.seconds, self.metrics = last["iteration"], last["best"], last["seconds"], last["metrics"]
 
@@ -396,7 +396,8 @@ class Trainer:
     def tokens_per_second(self) -> float:
         """Speed of training since the last evaluation."""
         iteration, then = self.mark
-        return (self.iteration - iteration) * self.args.batch_size * self.args.block_size / max(time.monotonic() - then, 1e-9)  # a coarse clock may stand still
+        seconds = max(time.monotonic() - then, 1e-9)  # as a coarse clock may stand still
+        return (self.iteration - iteration) * self.args.batch_size * self.args.block_size / seconds
 
     def agree(self, *flags: bool) -> list[bool]:
         """Each flag, true where it is true on any rank, so that all ranks do the same."""
@@ -581,7 +582,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
                 print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on")
     for name, minimum in at_least.items():
         value = getattr(args, name)
-        limit = LESS_THAN.get(name, 2**63 if type(value) is int else math.inf)
+        limit = LESS_THAN.get(name, 2**63 if type(value) is int else math.inf)  # whole numbers beyond that PyTorch cannot hold
         if not minimum <= value < limit:
             parser.error(f"--{name} must be at least {minimum}{f' and less than {limit}' if limit < math.inf else ''}, not {value}")
     if args.n_head > args.n_embd:
