@@ -228,7 +228,7 @@ def bench_loss(args):
     from model import load_model, mean_loss, side_by_side, split, windows
 
     tokenizer = BasicTokenizer(out_dir=args.out_dir)
-    model, checkpoint = load_model(args.out_dir / "model.pt", tokenizer.fingerprint)
+    model, checkpoint = load_model(args.out_dir / "model.pt", tokenizer.fingerprint, tokenizer.vocab_size)
     T = model.config.block_size
     _, val = split(tokenizer.encode_array(read_text(args.data_path)), T)
     per_char = len(val) / tokenizer.count_characters(val)
@@ -269,7 +269,7 @@ def bench_quantize(args):
     from model import Int8Linear, load_model, mean_loss, quantize_dynamic, side_by_side, split, use_int8
 
     tokenizer = BasicTokenizer(out_dir=args.out_dir)
-    network, checkpoint = load_model(args.out_dir / "model.pt", tokenizer.fingerprint)
+    network, checkpoint = load_model(args.out_dir / "model.pt", tokenizer.fingerprint, tokenizer.vocab_size)
     _, val = split(tokenizer.encode_array(read_text(args.data_path)), network.config.block_size)
     val = torch.from_numpy(val.astype(np.int64))
     starts = side_by_side(val, network.config.block_size)
@@ -347,6 +347,14 @@ def sizes(argument):
     return values
 
 
+def positive(argument):
+    """"1" -> 1, for argparse as well."""
+    value = int(argument)
+    if value < 1:
+        raise ValueError
+    return value
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description="Benchmarks of each part, against its textbook version.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -354,7 +362,7 @@ def parse_args():
     sub.set_defaults(function=bench_tokenizer)
     sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, metavar="FILE",
                      help="text (default: data/input.txt beside this script)")
-    sub.add_argument("--repeats", type=int, default=1, metavar="N",
+    sub.add_argument("--repeats", type=positive, default=1, metavar="N",
                      help="rounds, of which the median counts (default: 1; the textbook takes minutes)")
     sub.add_argument("--megabytes", type=sizes, metavar="N,N,...",
                      help="measure texts of these sizes instead: time and peak memory as a Markdown table")
@@ -364,13 +372,13 @@ def parse_args():
                               (bench_quantize, "ways to quantize a trained network, against float32")):
         sub = commands.add_parser(function.__name__[6:], help=summary, description=summary)
         sub.set_defaults(function=function)
-        sub.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds, of which the median counts (default: 5)")
+        sub.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds, of which the median counts (default: 5)")
         if function in (bench_loss, bench_quantize):
             sub.add_argument("--out_dir", type=Path, default=default_run("model.pt"),
                              help="folder of the trained run (default: checkpoints/, or the pretrained network's)")
             sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, help="its text (default: data/input.txt)")
         if function is bench_train:
-            sub.add_argument("--batch_size", type=int, default=64, metavar="N", help="sequences in a batch (default: 64)")
+            sub.add_argument("--batch_size", type=positive, default=64, metavar="N", help="sequences in a batch (default: 64)")
             sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
     return parser.parse_args()
 

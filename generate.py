@@ -89,7 +89,7 @@ def parse_args() -> argparse.Namespace:
             ("temperature", args.temperature, 0 <= args.temperature < float("inf"), "at least 0"),
             ("top_k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
             ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "more than 0 and at most 1"),
-            ("num_samples", args.num_samples, args.num_samples >= 1, "at least 1"),
+            ("num_samples", args.num_samples, 1 <= args.num_samples <= 2**16, "at least 1 and at most 65536"),
             ("seed", args.seed, args.seed is None or args.seed >= 0, "at least 0")):
         if not ok:
             parser.error(f"--{name} must be {rule}, not {value}")
@@ -103,7 +103,7 @@ def main() -> None:
     prompt = read_prompt(args)
     path = find_checkpoint(args.checkpoint or out_dir / "model.pt")
     tokenizer = BasicTokenizer(out_dir=out_dir)
-    model, checkpoint = load_model(path, tokenizer.fingerprint)
+    model, checkpoint = load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
     if checkpoint.get("int8") and device.type != "cpu":
         print("int8 weights run on the CPU: not using the GPU", file=sys.stderr)
         device = torch.device("cpu")

@@ -8,6 +8,8 @@ The network: a decoder-only Transformer (GPT), its key/value cache and its check
 Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = n_embd // n_head channels, V = vocab_size.
 """
 import math
+import pickletools
+import re
 import secrets
 import warnings
 import zipfile
@@ -23,6 +25,8 @@ import torch.nn.functional as F
 from tokenizer import atomic_write
 
 LAST_WITH_INT8 = "the last version known to have it is 2.13; pip install torch==2.13.0"
+PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")  # all that a checkpoint's pickle names
+MAX_PICKLE, MAX_CONTAINERS = 1 << 24, 1 << 20  # bytes of that pickle, lists and dicts in it: a crafted one must not fill the memory
 CPU_BATCH = 8  # sequences that a CPU trains on at once: what they leave for the backward pass stays in its cache
 
 
@@ -320,7 +324,7 @@ def few_rows(layer: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tens
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None) -> torch.Tensor:
     """Draws a token for each row by inverse transform sampling. logits: (B, V); uniform: (B,) in [0, 1) -> (B,) int64."""
-    if temperature == 0:
+    if temperature < 1e-30:  # which float32 would make 0
         return logits.argmax(-1)
     logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # at most 0, as tiny temperatures would overflow
     if top_k is not None and top_k < logits.shape[-1]:
@@ -328,7 +332,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         likeliest, order = probs.sort(descending=True)
-        beyond = likeliest.cumsum(-1) - likeliest >= top_p  # those before it reach p already
+        beyond = likeliest.cumsum(-1) - likeliest >= max(top_p, 1e-30)  # those before it reach p already
         probs = probs.scatter(1, order, likeliest.masked_fill(beyond, 0.0))
     cdf = probs.cumsum(-1)
     # the factor keeps the product below cdf[:, -1] in float32, so that no token of probability 0 is drawn
@@ -342,8 +346,8 @@ def split(tokens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     n = int(0.9 * len(tokens))
     if len(tokens) - n <= block_size:
-        raise ValueError(f"the text is too short: its last tenth, kept for validation, has {len(tokens) - n} tokens and must have "
-                         f"more than block_size ({block_size}): use a longer text or a smaller --block_size")
+        raise ValueError(f"the text is too short: its last tenth, kept for validation, has {len(tokens) - n} tokens at most and must "
+                         f"have more than block_size ({block_size}): use a longer text or a smaller --block_size")
     return tokens[:n], tokens[n:]
 
 
@@ -454,17 +458,23 @@ def use_int8(model: GPT, weights: dict[str, torch.Tensor]) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             parts = weights.pop(f"{name}.weight"), weights.pop(f"{name}.scale"), weights.pop(f"{name}.bias", None)
-            if parts[0].shape != module.weight.shape or (parts[2] is None) != (module.bias is None):
+            if parts[0].shape != module.weight.shape or parts[1].shape != parts[0].shape[:1] or (parts[2] is None) != (module.bias is None):
                 raise ValueError(f"{name} has the wrong shape")
             model.set_submodule(name, Int8Linear(*parts))
         elif isinstance(module, nn.Embedding):  # looked up, not multiplied: floats serve it best in memory
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] * weights.pop(f"{name}.scale")[:, None]
+            weight, scale = weights[f"{name}.weight"], weights.pop(f"{name}.scale")
+            if weight.shape != module.weight.shape or scale.shape != weight.shape[:1]:
+                raise ValueError(f"{name} has the wrong shape")
+            weights[f"{name}.weight"] = weight * scale[:, None]
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Writes a checkpoint so that `path` holds the old file or the new one, whole, whatever happens. Raises OSError."""
     with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch.save ends its archive even where the disk is full, and complains of that instead
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -486,38 +496,59 @@ def load_checkpoint(path: Path) -> dict:
             # torch.load does not look at the checksums that torch.save writes, and it would unpack a zip bomb
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()) or archive.testzip():
                 raise ValueError(damaged)
+            for entry in archive.infolist():
+                if entry.filename.lower().endswith(".pkl"):
+                    check_pickle(archive.read(entry))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a damaged file can fail in a dozen ways
+        if isinstance(error, OSError) and error.filename:  # the file cannot be read at all
+            raise
         raise ValueError(damaged) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), dict) or not isinstance(checkpoint.get("model"), dict):
+        raise ValueError(damaged)
+    if not {type(value) for value in checkpoint["config"].values()} <= {int, float}:
         raise ValueError(damaged)
     return checkpoint
 
 
-def load_model(path: Path, fingerprint: str | None = None) -> tuple[GPT, dict]:
+def check_pickle(data: bytes) -> None:
+    """Raises ValueError for a pickle that holds more than plain values and tensors, or from which `torch.load` would make gigabytes."""
+    containers = 0
+    for instruction, value, _ in pickletools.genops(data):
+        containers += instruction.name.startswith("EMPTY_")
+        if "GLOBAL" in instruction.name and not PICKLED.fullmatch(str(value)) or len(data) > MAX_PICKLE or containers > MAX_CONTAINERS:
+            raise ValueError("not what torch.save makes of a checkpoint")
+
+
+def load_model(path: Path, fingerprint: str | None = None, vocab_size: int | None = None) -> tuple[GPT, dict]:
     """Reads the network in a checkpoint. Returns it, on the CPU and in eval mode, and the checkpoint's other entries.
 
-    `fingerprint` is that of the tokenizer to be used with it. Raises ValueError if they do not belong together, if the
+    `fingerprint` and `vocab_size` are those of the tokenizer to be used with it. Raises ValueError if they do not belong together, if the
     file's config and weights do not fit each other, or as `load_checkpoint` does.
     """
     checkpoint = load_checkpoint(path)
     if fingerprint is not None and checkpoint.get("tokenizer") != fingerprint:
         raise ValueError(f"{path} was trained with another tokenizer than the merges.pkl given: "
                          "use the folder it was trained in (--out_dir), or train again")
-    if checkpoint.get("int8"):
+    int8 = checkpoint.get("int8", False)
+    if int8 is True:
         int8_engine()  # says so if there is none
     weights = checkpoint.pop("model")
     try:
         config = GPTConfig(**checkpoint["config"])
+        if (type(checkpoint["iteration"]), type(checkpoint["val_loss"]), type(int8)) != (int, float, bool):
+            raise ValueError("no word of its training")
+        if vocab_size not in (None, config.vocab_size):
+            raise ValueError("another vocabulary than the tokenizer's")
+        if config.n_layer > len(weights) or sum(w.nbytes for w in weights.values()) > path.stat().st_size:
+            raise ValueError("more weights than the file holds")
         if not all(w.dtype == torch.int8 or w.dtype == torch.float32 and w.isfinite().all() for w in weights.values()):
             raise ValueError("weights that are not finite numbers")
         with torch.device("meta"):  # allocates nothing, so that a config cannot ask for more than the file holds
             model = GPT(config)
-        if checkpoint.get("int8"):
+        if int8:
             use_int8(model, weights)
         model.load_state_dict(weights, assign=True)
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: its config and its weights do not make a network: train again, or name another file") from error
     return model.eval(), checkpoint

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from tokenizer import atomic_write, default_run
 
 MAX_TOKENS = 40  # whose attention can be told apart in a picture
-MAX_BYTES = 2**26  # both files are some kilobytes; anything near this is not one of ours
+MAX_BYTES = 2**24  # both files are some kilobytes; anything near this is not one of ours
 
 KNOWN_COLUMNS = ("iteration", "tokens_seen", "epochs", "learning_rate")  # a number in every row, however it goes
 LOSS_COLUMNS = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char")
@@ -67,11 +67,11 @@ def read_metrics(path):
         raise ValueError(f"{path} is missing: train first, with `python train.py`, or name a run with --out_dir")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} is too large to be the metrics of a run; train again")
-    lines = [line.split(",") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    if len(lines) < 2:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        header, rows = file.readline(2**16).rstrip("\n").split(","), list(file)
+    if not rows:
         raise ValueError(f"{path} holds no evaluation: train until the first one, with `python train.py`")
 
-    header, *rows = lines
     n_layer = max(1, sum(name.startswith("relu") and name.endswith("_zeros") for name in header))
     relu_names = {f"relu_{name}": [f"relu{i}_{name}" for i in range(1, n_layer + 1)] for name in RELU_COLUMNS}
     for name in [*KNOWN_COLUMNS, *LOSS_COLUMNS, *sum(relu_names.values(), [])]:
@@ -79,8 +79,8 @@ def read_metrics(path):
             raise ValueError(f"{path}, line 1: column {name} is missing; train again")
 
     columns = {name: np.empty(len(rows)) for name in header}
-    for index, row in enumerate(rows):
-        where = f"{path}, line {index + 2}"
+    for index, line in enumerate(rows):
+        where, row = f"{path}, line {index + 2}", line.rstrip("\n").split(",")
         if len(row) != len(header):
             raise ValueError(f"{where}: {len(row)} fields instead of {len(header)}; delete the line or train again")
         for name, field in zip(header, row):
@@ -130,7 +130,7 @@ def read_text_with_network(out_dir, text):
     if not path.exists():
         raise ValueError(f"{path} is missing: train first, with `python train.py`, or name a run with --out_dir")
     tokenizer = BasicTokenizer(out_dir=out_dir)
-    model, _ = load_model(path, tokenizer.fingerprint)
+    model, _ = load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
     ids = [ord("\n"), *tokenizer.encode_array(text).tolist()]
     longest = min(MAX_TOKENS, model.config.block_size)
     if len(ids) > longest or not text:

@@ -66,7 +66,7 @@ def main() -> None:
     path, out = args.checkpoint or out_dir / "model.pt", args.out or out_dir / "model_int8.pt"
     find_checkpoint(path)
     tokenizer = BasicTokenizer(out_dir=out_dir)
-    before, checkpoint = load_model(path, tokenizer.fingerprint)
+    before, checkpoint = load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
     if checkpoint.get("int8"):
         raise ValueError(f"{path} is quantized already: name a float checkpoint with --checkpoint")
     if out.exists() and out.samefile(path):
@@ -77,7 +77,7 @@ def main() -> None:
         print(f"note: {args.data_path} is not the text this network was trained on; name that with --data_path", file=sys.stderr)
 
     save_checkpoint(out, {key: value for key, value in checkpoint.items() if key in KEPT} | {"model": quantize_dynamic(before), "int8": True})
-    after, _ = load_model(out, tokenizer.fingerprint)
+    after, _ = load_model(out, tokenizer.fingerprint, tokenizer.vocab_size)
 
     start = torch.tensor([tokenizer.encode_array("\n").tolist()])
     tokens_per_char = len(val) / tokenizer.count_characters(val)

@@ -17,9 +17,10 @@ import os
 import pickle
 import pickletools
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from heapq import heappop, heappush, heapreplace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -28,6 +29,7 @@ CHECKPOINTS = HERE / "checkpoints"
 PRETRAINED = CHECKPOINTS / "pretrained"  # a trained network, with its tokenizer, that comes with the repository
 DEFAULT_TEXT = HERE / "data" / "input.txt"
 MERGES_FILE, VOCAB_FILE, WAITING_FILE = "merges.pkl", "vocab.pkl", ".merges.pkl.new"
+NETWORK_FILES = "model.pt", "last.pt", "model_int8.pt"  # of a trained network, which no other tokenizer fits
 
 SHORT = 8192  # bytes up to which replacing in a string encodes faster than an index of the text does
 BLOCK = 1 << 21  # bytes encoded or counted at a time, which bounds the memory
@@ -466,6 +468,8 @@ def read_pickle(path):
                 items[-2:] = [tuple(items[-2:])]
             elif name not in PICKLE_STRUCTURE:
                 raise ValueError(f"its {name} has no place in a dict of numbers and bytes")
+            if len(items) > 2 * MAX_VOCAB:
+                raise ValueError(f"more than {MAX_VOCAB} tokens")
         return dict(zip(items[::2], items[1::2], strict=True))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
@@ -484,6 +488,14 @@ def visible(token):
 
 
 def train(args):
+    """Learns a tokenizer, but not in the place of another that a trained network there needs."""
+    networks = [args.out_dir / name for name in NETWORK_FILES if (args.out_dir / name).exists()]
+    if networks:
+        with TemporaryDirectory() as folder, redirect_stdout(None):
+            new = BasicTokenizer(args.data_path, args.vocab_size, out_dir=folder).fingerprint.encode()
+        if not all(new in path.read_bytes() for path in networks):  # a checkpoint names its tokenizer so
+            raise ValueError(f"{args.out_dir} holds a network trained with another tokenizer, which it would lose: "
+                             "choose another --out_dir")
     BasicTokenizer(args.data_path, args.vocab_size, args.verbose, args.out_dir)
 
 
@@ -495,7 +507,7 @@ def encode(args):
 
 
 def decode(args):
-    ids = args.ids or sys.stdin.read().split()
+    ids = (" ".join(args.ids) if args.ids else sys.stdin.read()).translate(str.maketrans("[,]", "   ")).split()
     if not all(token.isdecimal() for token in ids):
         raise ValueError(f"{next(token for token in ids if not token.isdecimal())!r} is not a token id")
     sys.stdout.buffer.write(BasicTokenizer(out_dir=args.out_dir).decode_bytes(map(int, ids)))

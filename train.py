@@ -19,7 +19,6 @@ import io
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from model import (CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss, save_checkpoint,
                    side_by_side, split, windows)
-from tokenizer import CHECKPOINTS, DEFAULT_TEXT, PRETRAINED, BasicTokenizer, atomic_write, read_text
+from tokenizer import CHECKPOINTS, DEFAULT_TEXT, MAX_VOCAB, PRETRAINED, BasicTokenizer, atomic_write, read_text
 
 RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt", "metrics.csv", "histograms.npz"}
 PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients", "attention", "expected"}
@@ -44,8 +43,10 @@ PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried 
              "warmup_iters": 50, "lr_decay_iters": None, "min_lr": 0.0, "init_std": 0.02, "attention_dropout": 0.0, "bpe_dropout": 0.1},
 }
 PRESETS["best"] = PRESETS["fast"] | {"max_iters": 3000, "eval_interval": 250, "dropout": 0.3, "bpe_dropout": 0.2}
+LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
-LAST_ENTRIES = {"iteration", "optimizers", "scaler", "batches", "random", "device", "args", "text", "tokenizer", "best", "seconds", "metrics"}
+LAST_ENTRIES = {"iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list, "device": str, "args": dict,
+                "text": str, "tokenizer": str, "best": float, "seconds": float, "metrics": list}  # and what they are
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -133,11 +134,11 @@ def set_aside(out_dir: Path) -> None:
         return
     number = next(n for n in range(1, 10**6) if not (out_dir / f"earlier-{n}").exists())
     earlier = out_dir / f"earlier-{number}"
-    earlier.mkdir()
+    for name in "merges.pkl", "vocab.pkl":  # first, as only this takes room that the disk may not have
+        with atomic_write(earlier / name) as file:
+            file.write((out_dir / name).read_bytes())
     for path in sorted(out_dir.iterdir()):
-        if path.name in ("merges.pkl", "vocab.pkl"):
-            shutil.copy2(path, earlier)
-        elif path.name in RUN_FILES or path.suffix in (".png", ".svg") and path.stem in PICTURES:
+        if path.name in RUN_FILES or path.suffix in (".png", ".svg") and path.stem in PICTURES:
             path.replace(earlier / path.name)
     print(f"moved the earlier run to {earlier} (--resume would have continued it)")
 
@@ -148,9 +149,9 @@ def load_last(out_dir: Path) -> dict:
     for name in "last.pt", "last.pt.new", "last.pt.old":
         try:
             last = load_checkpoint(out_dir / name)
-            if not last.keys() >= LAST_ENTRIES:
+            if not all(type(last.get(name)) is kind for name, kind in LAST_ENTRIES.items()):
                 raise ValueError(f"{out_dir / name} holds no training to resume")
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a training that saves just now may have renamed it meanwhile
             errors.append(error)
             continue
         if errors and (out_dir / "last.pt").exists():
@@ -250,6 +251,9 @@ class Trainer:
         """Puts the text on the device, as tokens, training a tokenizer first if there is none."""
         args = self.args
         text = read_text(args.data_path)
+        split(text.encode(), args.block_size)  # with fewer bytes than that it has too few tokens, too
+        if self.master:
+            self.held = lock(args.out_dir)  # until this process ends; only now, as what is amiss so far leaves no folder
         if self.world_size > 1 and not self.master:
             dist.barrier()  # the master may have to train the tokenizer
         if self.master and (args.out_dir / "merges.pkl").exists():
@@ -298,9 +302,24 @@ class Trainer:
         if len(last["optimizers"]) != len(self.optimizers):
             began = "with" if len(self.optimizers) == 1 else "without"
             raise ValueError(f"the run in {self.args.out_dir} began {began} Muon: leave --muon_lr as it is")
+        try:
+            self.restore_state(last)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{self.args.out_dir / 'last.pt'} does not hold the state of this training: move it away, so that --resume "
+                             "takes its predecessor, or start a new run in another --out_dir") from error
+
+    def restore_state(self, last: dict) -> None:
+        """Takes over weights, optimizers, random generators and metrics. Raises one of many errors if they do not fit."""
         self.model.load_state_dict(last["model"])
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise ValueError("weights that are not finite numbers")
+        if last["iteration"] < 0:
+            raise ValueError("less than no iterations")
         for optimizer, state in zip(self.optimizers, last["optimizers"]):
             asked = [{name: group[name] for name in ("weight_decay", "betas") if name in group} for group in optimizer.param_groups]
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            if any(value.shape not in (weights[number].shape, ()) for number, values in state["state"].items() for value in values.values()):
+                raise ValueError("moments of other weights")
             optimizer.load_state_dict(state)
             for group, flags in zip(optimizer.param_groups, asked):
                 group |= flags
@@ -312,6 +331,9 @@ class Trainer:
         elif self.master:
             print(f"saved on {len(last['random'])} x {last['device']}, going on on {self.world_size} x {self.device.type}: "
                   "batches and dropout will be others than those of an unbroken run")
+        columns = last["metrics"][0].keys()
+        if not all(row.keys() == columns >= {"iteration", "val_loss"} and {*map(type, row.values())} <= {int, float} for row in last["metrics"]):
+            raise ValueError("metrics without their columns, or that are no numbers")
         self.iteration, self.best, self.seconds, self.metrics = last["iteration"], last["best"], last["seconds"], last["metrics"]
 
     def run(self) -> None:
@@ -377,7 +399,8 @@ class Trainer:
     def tokens_per_second(self) -> float:
         """Speed of training since the last evaluation."""
         iteration, then = self.mark
-        return (self.iteration - iteration) * self.args.batch_size * self.args.block_size / (time.monotonic() - then)
+        seconds = max(time.monotonic() - then, 1e-9)  # as a coarse clock may stand still
+        return (self.iteration - iteration) * self.args.batch_size * self.args.block_size / seconds
 
     def agree(self, *flags: bool) -> list[bool]:
         """Each flag, true where it is true on any rank, so that all ranks do the same."""
@@ -404,6 +427,7 @@ class Trainer:
             "grad_norm": self.grad_norm.item(),
             "tokens_per_second": speed, "seconds": time.monotonic() - self.started, **relus})
         if self.master:
+            self.check_folder()
             save_metrics(args.out_dir, self.metrics, histograms)
         if loss["val"] < self.best:
             self.best = loss["val"]
@@ -412,6 +436,11 @@ class Trainer:
         self.mark = self.iteration, time.monotonic()
         return (f"iteration {self.iteration}: train loss {loss['train']:.4f}, val loss {loss['val']:.4f} nats per token "
                 f"({per_char['train']:.4f}, {per_char['val']:.4f} per character)")
+
+    def check_folder(self) -> None:
+        """Raises OSError if the folder of the run was removed meanwhile: writing would make it anew, but without the tokenizer."""
+        if not (self.args.out_dir / "merges.pkl").exists():
+            raise OSError(f"{self.args.out_dir} was removed, or its merges.pkl, at iteration {self.iteration} or before: start a new run")
 
     def mean_loss(self, name: str) -> float:
         """Mean loss, in nats per token, over the evaluation windows of a split or, with --eval_iters, over random batches; in float32."""
@@ -464,6 +493,7 @@ class Trainer:
             dist.gather_object(self.random.get_rng_state(), random if self.master else None, group=self.flags_group)
         if not self.master:
             return
+        self.check_folder()
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise ValueError(self.not_finite("weights"))
         args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
@@ -531,7 +561,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                         help="of the arithmetic (default: bfloat16 on GPUs that have it, else float16 there, else float32)")
+                         help="of the arithmetic (default: bfloat16 where the hardware has it, else float16 on a GPU, else float32)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                          help="fuse the network with torch.compile (default: where it can, on CUDA)")
 
@@ -539,26 +569,28 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     parser.set_defaults(**PRESETS[args.preset])
     args = parser.parse_args()
     if args.lr_decay_iters is None:
-        parser.set_defaults(lr_decay_iters=args.max_iters)
-    args = parser.parse_args()
+        args.lr_decay_iters = args.max_iters
     args.data_path = args.data_path.resolve()  # as --resume may be called from another folder
     if args.resume and args.preset != "reference":
         parser.error("--preset is for a new run: --resume goes on with the flags of the run it finds")
     if args.resume:
         last = load_last(args.out_dir)
-        saved = {name: value for name, value in last["args"].items() if name not in ("resume", "out_dir")}
-        parser.set_defaults(**saved | {"data_path": Path(saved["data_path"])})
-        args = parser.parse_args()
+        saved = {name: value for name, value in last["args"].items() if name in vars(args).keys() - {"resume", "out_dir"}}
+        flags = [f"--{name}={value}" for name, value in saved.items() if name != "compile"]  # as if given, so that they are checked
+        if saved.get("compile") is not None:
+            flags.append("--compile" if saved["compile"] else "--no-compile")
+        args = parser.parse_args(flags + sys.argv[1:])
         args.data_path = args.data_path.resolve()
         for name, value in vars(args).items():
-            if name == "seed" and value != saved[name]:
+            if name == "seed" and value != saved.get(name, value):
                 parser.error(f"--seed was {saved[name]} when this run began, and cannot change any more")
             if name in saved and str(saved[name]) != str(value) and int(os.environ.get("RANK", 0)) == 0:
                 print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on")
     for name, minimum in at_least.items():
-        value, less_than_1 = getattr(args, name), name in ("dropout", "attention_dropout", "bpe_dropout", "beta1", "beta2")
-        if not minimum <= value < (1 if less_than_1 else math.inf):
-            parser.error(f"--{name} must be at least {minimum}{' and less than 1' if less_than_1 else ''}, not {value}")
+        value = getattr(args, name)
+        limit = LESS_THAN.get(name, 2**63 if type(value) is int else math.inf)  # whole numbers beyond that PyTorch cannot hold
+        if not minimum <= value < limit:
+            parser.error(f"--{name} must be at least {minimum}{f' and less than {limit}' if limit < math.inf else ''}, not {value}")
     if args.n_head > args.n_embd:
         parser.error(f"--n_head {args.n_head} must not exceed --n_embd {args.n_embd}: each head needs a channel")
     return args, last
@@ -569,7 +601,6 @@ def main() -> None:
     args, last = parse_args()
     master = int(os.environ.get("RANK", 0)) == 0
     if master:
-        held = lock(args.out_dir)  # until this process ends
         if args.data_path == DEFAULT_TEXT and not DEFAULT_TEXT.exists():
             if subprocess.run([sys.executable, DEFAULT_TEXT.with_name("prepare.py")]).returncode:
                 sys.exit(1)  # it has said why
@@ -603,5 +634,10 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not any(words in str(error) for words in ("memory", "overflow")):
+            raise
+        sys.exit("train.py: not enough memory: use a smaller --batch_size, --block_size, --n_embd, --n_layer or --eval_iters, or another "
+                 "--device")
     except KeyboardInterrupt:  # before training began, or the second one
         sys.exit(128 + signal.SIGINT)

@@ -14,6 +14,16 @@ TINY = ["--n_embd", "16", "--n_head", "3", "--n_layer", "2", "--block_size", "16
         "--device", "cpu"]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "attack: takes minutes, and runs only with -m attack")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "attack" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("attack")])
+        items[:] = [item for item in items if not item.get_closest_marker("attack")]
+
+
 def run(script, *args, **options):
     """Runs a script of the repository. Returns the finished process, with its output as text."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], text=True, capture_output=True,

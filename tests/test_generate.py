@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, complaint, run
 
+from tokenizer import BasicTokenizer
+
 
 def generate(folder, *args, **options):
     return run("generate.py", "--out_dir", folder, "--device", "cpu", *args, **options)
@@ -71,8 +73,8 @@ def test_the_output_is_valid_utf8_at_every_flush(finished_run):
 
 def test_a_closed_pipe_is_no_error(finished_run):
     command = f"{sys.executable} {ROOT / 'generate.py'} --out_dir {finished_run} --max_new_tokens 3000 | head -c 20"
-    process = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
-    assert len(process.stdout.encode()) == 20 and "using" in process.stderr and process.stderr.count("\n") == 1 and process.returncode == 0
+    process = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, timeout=120)
+    assert len(process.stdout) == 20 and b"using" in process.stderr and process.stderr.count(b"\n") == 1 and process.returncode == 0
 
 
 def test_an_interrupt_ends_cleanly_with_what_there_is(finished_run):
@@ -109,7 +111,5 @@ def test_what_is_missing_or_wrong_is_named(tiny_run, tmp_path):
 
 
 def test_a_tokenizer_that_does_not_fit_is_named(tiny_run, tiny_text):
-    for name in "merges.pkl", "vocab.pkl":
-        (tiny_run / name).unlink()
-    assert run("tokenizer.py", "train", "--data_path", tiny_text, "--vocab_size", 290, "--out_dir", tiny_run).returncode == 0
+    BasicTokenizer(tiny_text, 290, out_dir=tiny_run)
     assert "another tokenizer" in complaint(generate(tiny_run))

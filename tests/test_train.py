@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_written_says_so(tiny_text, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (None, "there is no text at"), (b"", "empty"), (b"\x00\x01\x02" * 1000, "binary"), ("caf\xe9 ".encode("latin-1") * 900, "Latin-1"),
-    (b"short", "vocab_size")])
+    (b"short", "too short")])
 def test_a_text_that_cannot_be_trained_on_says_so(tmp_path, content, message):
     path = tmp_path / "text.txt"
     if content is not None:
