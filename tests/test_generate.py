@@ -73,7 +73,7 @@ def test_the_output_is_valid_utf8_at_every_flush(finished_run):
 def test_a_closed_pipe_is_no_error(finished_run):
     command = f"{sys.executable} {ROOT / 'generate.py'} --out_dir {finished_run} --max_new_tokens 3000 | head -c 20"
     process = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, timeout=120)
-    assert len(process.stdout) == 20 and process.stderr == b"" and process.returncode == 0
+    assert len(process.stdout) == 20 and process.stderr.count(b"\n") == 1 and process.returncode == 0  # which network it samples from
 
 
 def test_an_interrupt_ends_cleanly_with_what_there_is(finished_run):
