@@ -590,7 +590,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         value = getattr(args, name)
         limit = LESS_THAN.get(name, 2**63 if type(value) is int else math.inf)  # whole numbers beyond that PyTorch cannot hold
         if not minimum <= value < limit:
-            parser.error(f"--{name} must be at least {minimum}{f' and less than {limit}' if limit < math.inf else ''}, not {value}")
+            upper = f" and less than {limit}" if name in LESS_THAN or minimum <= value < math.inf else ""
+            parser.error(f"--{name} must be at least {minimum}{upper}, not {value}")
     if args.n_head > args.n_embd:
         parser.error(f"--n_head {args.n_head} must not exceed --n_embd {args.n_embd}: each head needs a channel")
     return args, last
