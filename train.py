@@ -40,7 +40,8 @@ PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients", "attentio
 PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried to find them is in README.md
     "reference": {},
     "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.1,
-             "warmup_iters": 50, "lr_decay_iters": None, "min_lr": 0.0, "init_std": 0.02, "attention_dropout": 0.0, "bpe_dropout": 0.1},
+             "warmup_iters": 50, "lr_decay_iters": None, "min_lr": 0.0, "init_std": 0.02, "dropout": 0.1, "attention_dropout": 0.0,
+             "bpe_dropout": 0.1},
 }
 PRESETS["best"] = PRESETS["fast"] | {"max_iters": 3000, "eval_interval": 250, "dropout": 0.3, "bpe_dropout": 0.2}
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
