@@ -2,7 +2,7 @@
 Trains the network on a text, and its tokenizer first if there is none.
 
     python train.py                                             # Tiny Shakespeare with the published hyperparameters
-    python train.py --max_iters 300 --eval_interval 100         # a first look
+    python train.py --preset fast                               # better than those after 600 iterations; or best
     python train.py --data_path my.txt --out_dir checkpoints/mine
     python train.py --resume                                    # go on where a run was stopped
     torchrun --nproc_per_node 2 train.py                        # the same run on two GPUs, or two processes
