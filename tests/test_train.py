@@ -326,7 +326,8 @@ def torchrun(processes, folder, text, *args):
 
 
 def test_two_processes_follow_the_curve_of_one(tiny_text, tmp_path):
-    flags = ["--max_iters", "20", "--eval_interval", "1", "--dropout", "0", "--attention_dropout", "0", "--learning_rate", "1e-2", "--dtype", "float32"]
+    flags = ["--max_iters", "20", "--eval_interval", "1", "--dropout", "0", "--attention_dropout", "0", "--learning_rate", "1e-2",
+             "--dtype", "float32"]
     assert train(tmp_path / "one", tiny_text, *flags).returncode == 0
     process = torchrun(2, tmp_path / "two", tiny_text, *flags)
     assert process.returncode == 0, process.stderr
