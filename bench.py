@@ -372,7 +372,8 @@ def parse_args():
                               (bench_quantize, "ways to quantize a trained network, against float32")):
         sub = commands.add_parser(function.__name__[6:], help=summary, description=summary)
         sub.set_defaults(function=function)
-        sub.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds, of which the median counts (default: 5)")
+        if function is not bench_loss:
+            sub.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds, of which the median counts (default: 5)")
         if function in (bench_loss, bench_quantize):
             sub.add_argument("--out_dir", type=Path, default=default_run("model.pt"),
                              help="folder of the trained run (default: checkpoints/, or the pretrained network's)")

@@ -118,8 +118,8 @@ def read_histograms(path, n_layer):
 def read_text_with_network(out_dir, text):
     """Let the network in `out_dir` read a line end and `text`, of T tokens together.
 
-    Returns the tokens' labels (T strings), the attention weights (n_layer, n_head, T, T), a row per reading token, and
-    the probabilities of the next token (T, vocab_size), float32, and the labels of the vocabulary. Raises ValueError.
+    Returns the ids (T), the labels of the vocabulary (vocab_size strings), the attention weights (n_layer, n_head, T, T),
+    a row per reading token, and the probabilities of the next token (T, vocab_size), float32. Raises ValueError.
     """
     import torch  # here, as no other picture needs the network, which takes seconds to load
 
@@ -143,8 +143,7 @@ def read_text_with_network(out_dir, text):
         q, k, _ = torch.stack(products).view(len(products), len(ids), 3, model.config.n_head, -1).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-2, -1) * model.config.head_size ** -0.5  # (n_layer, n_head, T, T)
         weights = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
-    labels = [label(spelling) for spelling in tokenizer.vocab.values()]
-    return [labels[token] for token in ids], weights.numpy(), logits[0].softmax(-1).numpy(), ids, labels
+    return ids, [label(spelling) for spelling in tokenizer.vocab.values()], weights.numpy(), logits[0].softmax(-1).numpy()
 
 
 def label(spelling):
@@ -360,7 +359,7 @@ def draw_attention(tokens, weights):
     return figure
 
 
-def draw_expected(tokens, probs, ids, vocab):
+def draw_expected(ids, labels, probs):
     """The text, each token shaded by the probability the network gave it, and above it what it thought likeliest."""
     lines = -(-(len(ids) - 1) // 10)
     per_line = -(-(len(ids) - 1) // lines)  # lines of about the same length
@@ -371,15 +370,15 @@ def draw_expected(tokens, probs, ids, vocab):
         row, column = divmod(place, per_line)
         share, likeliest = before[token], before.argmax()
         axes.add_patch(matplotlib.patches.Rectangle((column, row), 0.96, 0.55, color=colors(0.85 * share)))
-        axes.text(column + 0.48, row + 0.22, tokens[place + 1], family="monospace", fontsize=11, color="white" if share > 0.55 else "black",
+        axes.text(column + 0.48, row + 0.22, labels[token], family="monospace", fontsize=11, color="white" if share > 0.55 else "black",
                   horizontalalignment="center", verticalalignment="center")
         axes.text(column + 0.48, row + 0.44, f"{share:.1%}", fontsize=6.5, color="white" if share > 0.55 else "#444444",
                   horizontalalignment="center", verticalalignment="center")
         if likeliest != token:
-            axes.text(column + 0.48, row - 0.12, f"{vocab[likeliest]} {before[likeliest]:.0%}", fontsize=7, color=GREY,
+            axes.text(column + 0.48, row - 0.12, f"{labels[likeliest]} {before[likeliest]:.0%}", fontsize=7, color=GREY,
                       family="monospace", horizontalalignment="center", verticalalignment="center")
     nats = -np.log(probs[np.arange(len(ids) - 1), ids[1:]]).mean()
-    axes.set(xlim=(0, min(per_line, len(ids) - 1)), ylim=(lines - 0.35, -0.3))
+    axes.set(xlim=(0, per_line), ylim=(lines - 0.35, -0.3))
     axes.axis("off")
     headline(figure, axes, f"What the network expects: {nats:.2f} nats per token, a perplexity of {np.exp(nats):.1f}",
              "The darker a token, the likelier the network thought it before it read it; above, in grey, a likelier one.")
@@ -415,9 +414,9 @@ def draw_all(out_dir, suffix):
 
 def draw_reading(out_dir, text, suffix):
     """Draw how the network in `out_dir` reads `text`. Raises ValueError or OSError."""
-    tokens, weights, probs, ids, vocab = read_text_with_network(out_dir, text)
-    save(draw_attention(tokens, weights), out_dir / f"attention.{suffix}")
-    save(draw_expected(tokens, probs, ids, vocab), out_dir / f"expected.{suffix}")
+    ids, labels, weights, probs = read_text_with_network(out_dir, text)
+    save(draw_attention([labels[token] for token in ids], weights), out_dir / f"attention.{suffix}")
+    save(draw_expected(ids, labels, probs), out_dir / f"expected.{suffix}")
 
 
 def parse_args():

@@ -326,7 +326,7 @@ def test_how_the_network_reads_a_text_is_drawn_from_its_own_attention_and_probab
     assert (status, err) == (0, "") and out.split() == [str(folder / "attention.svg"), str(folder / "expected.svg")]
     words = texts(folder, "attention")
     assert all(f"head {head}" in words and f"layer {layer}" in words for head in (1, 2, 3) for layer in (1, 2))
-    labels, weights, probs, ids, vocab = plots.read_text_with_network(folder, "ROMEO: speak")
+    ids, _, weights, probs = plots.read_text_with_network(folder, "ROMEO: speak")
     assert weights.shape == (2, 3, len(ids), len(ids)) and np.allclose(weights.sum(-1), 1, atol=1e-5)
     assert not weights[..., ~np.tri(len(ids), dtype=bool)].any()
     model, _ = load_model(folder / "model.pt")
