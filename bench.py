@@ -199,20 +199,22 @@ def bench_sample(args):
     """Tokens a second, in turn: of one stream from a full context on, and of 64 from a single token up to a full context."""
     import torch
 
-    from model import GPT, GPTConfig
+    from model import GPT, GPTConfig, choose_device
     from textbook_gpt import TextbookGPT, copy_weights
 
-    config = GPTConfig()
+    config, device = GPTConfig(), choose_device(args.device)
     textbook, network = TextbookGPT(config).eval(), GPT(config).eval()
     copy_weights(textbook, network)
-    prompt = torch.randint(config.vocab_size, (1, config.block_size))
-    samplers = {"textbook": (lambda: textbook.generate(prompt, 60), 60),
-                "ours, one stream": (lambda: network.generate(prompt, 1000), 1000),
-                "ours, 64 streams": (lambda: network.generate(prompt[:, :1].expand(64, -1), 255), 64 * 255)}
+    textbook.to(device), network.to(device)
+    prompt = torch.randint(config.vocab_size, (1, config.block_size), device=device)
+    samplers = {"textbook": (lambda: textbook.generate(prompt, 60).tolist(), 60),  # tolist waits for a GPU
+                "ours, one stream": (lambda: network.generate(prompt, 1000).tolist(), 1000),
+                "ours, 64 streams": (lambda: network.generate(prompt[:, :1].expand(64, -1), 255).tolist(), 64 * 255)}
     with contextlib.suppress(ImportError):
         from transformers import GPT2Config, GPT2LMHeadModel
-        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=256, n_embd=228, n_head=6, n_layer=5)).eval()
-        samplers["Hugging Face GPT-2"] = lambda: gpt2.generate(prompt[:, :1], max_new_tokens=250, min_new_tokens=250, do_sample=True), 250
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=256, n_embd=228, n_head=6, n_layer=5)).eval().to(device)
+        samplers["Hugging Face GPT-2"] = (
+            lambda: gpt2.generate(prompt[:, :1], max_new_tokens=250, min_new_tokens=250, do_sample=True).tolist(), 250)
     network.generate(prompt, 200)  # warms up
     times = alternate([run for run, _ in samplers.values()], args.repeats)
     rates = {name: count / time_ for (name, (_, count)), time_ in zip(samplers.items(), times)}
@@ -380,6 +382,7 @@ def parse_args():
             sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, help="its text (default: data/input.txt)")
         if function is bench_train:
             sub.add_argument("--batch_size", type=positive, default=64, metavar="N", help="sequences in a batch (default: 64)")
+        if function in (bench_train, bench_sample):
             sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
     return parser.parse_args()
 

@@ -263,18 +263,20 @@ class Decoder:
 
     caches: (n_layer, 2, B, H, block_size, D), the keys and the values; tokens: (B, block_size) int64; `length` of them are filled.
     A step is `GPT.forward` for one position, in as few operations as it takes: in a network this small, starting an operation
-    takes as long as its arithmetic.
+    takes as long as its arithmetic. On CUDA all of them are recorded once, as a graph, and started together.
     """
 
     def __init__(self, model: GPT, batch_size: int):
         self.model, config, self.length = model, model.config, 0
         weight = model.position_embedding.weight
-        self.caches = weight.new_empty(config.n_layer, 2, batch_size, config.n_head, config.block_size, config.head_size)
-        self.tokens = torch.empty(batch_size, config.block_size, dtype=torch.int64, device=weight.device)
+        self.caches = weight.new_zeros(config.n_layer, 2, batch_size, config.n_head, config.block_size, config.head_size)
+        self.tokens = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=weight.device)
         self.layers = [(norm(block.ln_1), few_rows(block.attn.qkv, batch_size), few_rows(block.attn.proj, batch_size),
                         norm(block.ln_2), few_rows(block.ffwd.up, batch_size), few_rows(block.ffwd.down, batch_size), cache)
                        for block, cache in zip(model.blocks, self.caches)]
         self.ln, self.head = norm(model.ln), few_rows(model.head, batch_size)
+        self.graph, self.token, self.at = None, self.tokens[:, 0].clone(), self.tokens.new_zeros(1)  # what the graph is, and reads
+        self.positions = torch.arange(config.block_size, device=weight.device)[None]
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
@@ -286,18 +288,46 @@ class Decoder:
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Reads one more token of each row, (B,) int64, and returns the logits of the one after it, (B, V)."""
-        t, (B, H, _, D) = self.length, self.caches.shape[2:]
+        t = self.length
         self.tokens[:, t] = token
-        self.length = end = t + 1
-        x = F.embedding(token, self.model.token_embedding.weight) + self.model.position_embedding.weight[t]  # (B, C)
+        self.length = t + 1
+        if token.device.type != "cuda":
+            return self.read(token, slice(t, t + 1), slice(t + 1))
+        self.token.copy_(token)
+        self.at.fill_(t)
+        if self.graph is None:
+            with torch.cuda.device(token.device):
+                self.record()
+        self.graph.replay()
+        return self.logits.clone()
+
+    def read(self, token: torch.Tensor, at: slice | torch.Tensor, seen: slice, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Reads token (B,) at position `at`, a slice or (1,) int64; it sees the positions `seen` of which mask, (1, T) bool, is true."""
+        B, H, _, D = self.caches.shape[2:]
+        x = F.embedding(token, self.model.token_embedding.weight) + self.model.position_embedding.weight[at]  # (B, C)
         for ln_1, qkv, proj, ln_2, up, down, cache in self.layers:
             new = qkv(ln_1(x)).view(B, 3, H, 1, D).transpose(0, 1)  # (3, B, H, 1, D)
-            cache[:, :, :, t:end] = new[1:]
-            k, v = cache[:, :, :, :end]  # each (B, H, end, D)
-            y = F.scaled_dot_product_attention(new[0], k, v)  # (B, H, 1, D)
+            cache[:, :, :, at] = new[1:]
+            k, v = cache[:, :, :, seen]  # each (B, H, T, D)
+            y = F.scaled_dot_product_attention(new[0], k, v, mask)  # (B, H, 1, D)
             x = x + proj(y.reshape(B, H * D))
             x = x + down(up(ln_2(x)).relu_())
         return self.head(self.ln(x))
+
+    def record(self) -> None:
+        """Makes the CUDA graph of a step. Its shapes are fixed, so it looks at all positions, and a mask hides those to come."""
+        def read():
+            return self.read(self.token, self.at, slice(None), self.positions <= self.at)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # so that libraries set themselves up before
+                read()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.logits = read()
 
 
 def norm(layer: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:

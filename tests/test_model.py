@@ -164,6 +164,25 @@ def test_logits_with_the_cache_equal_logits_without(small, tmp_path, int8):
         torch.testing.assert_close(decoder.step(idx[:, t]), expected[:, t], atol=tolerance, rtol=0)
 
 
+def test_a_step_of_fixed_shapes_as_a_cuda_graph_has_it_gives_the_same_logits(small):
+    idx, decoder = random_ids(3, 16), Decoder(small, 3)
+    expected = small(idx)[0]
+    decoder.prefill(idx[:, :5])
+    with torch.inference_mode():
+        for t in range(5, 16):
+            logits = decoder.read(idx[:, t], torch.tensor([t]), slice(None), decoder.positions <= t)
+            torch.testing.assert_close(logits, expected[:, t], atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_text_and_losses_on_a_gpu_are_those_on_the_cpu(small):
+    idx, long = random_ids(2, 3), random_ids(4, 16)
+    text, loss = small.generate(idx, 40, temperature=0), small(long, long)[1]
+    small.cuda()
+    assert torch.equal(small.generate(idx.cuda(), 40, temperature=0).cpu(), text)  # past the window, so that the graph outlives a prefill
+    torch.testing.assert_close(small(long.cuda(), long.cuda())[1].cpu(), loss, atol=1e-4, rtol=0)
+
+
 def test_greedy_text_is_that_of_the_textbook_loop(small):
     idx = random_ids(2, 3)
     greedy = idx
