@@ -45,6 +45,7 @@ PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried 
 }
 PRESETS["best"] = PRESETS["fast"] | {"max_iters": 3000, "eval_interval": 250, "dropout": 0.3, "bpe_dropout": 0.2}
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
+TEACHER_SHARE = 0.9  # of a teacher in what the network is to predict; the rest is the token that really came next
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list, "device": str, "args": dict,
                 "text": str, "tokenizer": str, "best": float, "seconds": float, "metrics": list}  # and what they are
@@ -225,6 +226,12 @@ class Trainer:
         self.random.manual_seed(args.seed + self.rank)
         self.iteration, self.best, self.seconds, self.metrics = 0, math.inf, 0.0, []
         self.grad_norm = torch.tensor(math.nan)
+        self.teacher = None
+        if args.teacher:
+            self.teacher = load_model(args.teacher, self.tokenizer.fingerprint, args.vocab_size)[0].to(self.device)
+            if self.teacher.config.block_size < args.block_size:
+                raise ValueError(f"--teacher {args.teacher} has a context of {self.teacher.config.block_size} tokens: "
+                                 f"use --block_size {self.teacher.config.block_size}, or another teacher")
         if last:
             self.restore(last)
         self.step_model = torch.compile(self.model) if self.compiled else self.model
@@ -386,7 +393,8 @@ class Trainer:
             wait = self.world_size > 1 and i < len(parts)  # the ranks exchange gradients once, after the last part
             with self.step_model.no_sync() if wait else contextlib.nullcontext():
                 with self.autocast:
-                    loss = self.step_model(*windows(data, part, args.block_size))[1] * (len(part) / len(mine))
+                    idx, targets = windows(data, part, args.block_size)
+                    loss = self.step_model(idx, self.soften(idx, targets))[1] * (len(part) / len(mine))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in self.optimizers:
@@ -396,6 +404,14 @@ class Trainer:
             self.scaler.step(optimizer)
         self.scaler.update()
         return total
+
+    @torch.no_grad()
+    def soften(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Targets (B, T) int64 or, with --teacher, probabilities (B, T, V): mostly what the teacher expects (Hinton et al. 2015)."""
+        if not self.teacher:
+            return targets
+        probs = self.teacher(idx)[0].float().softmax(-1) * TEACHER_SHARE
+        return probs.scatter_add_(2, targets[..., None], torch.full_like(probs[..., :1], 1 - TEACHER_SHARE))
 
     def tokens_per_second(self) -> float:
         """Speed of training since the last evaluation."""
@@ -523,12 +539,17 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         group.add_argument(f"--{name}", type=type(default), default=default, metavar="N" if type(default) is int else "X",
                            help=f"{text} (default {default})")
 
+    def absolute(path):  # as --resume may be called from another folder
+        return Path(path).resolve()
+
     files = parser.add_argument_group("files")
-    files.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, help="any UTF-8 text (default data/input.txt: Tiny Shakespeare)")
+    files.add_argument("--data_path", type=absolute, default=DEFAULT_TEXT, help="any UTF-8 text (default data/input.txt: Tiny Shakespeare)")
     files.add_argument("--out_dir", type=Path, default=CHECKPOINTS, help="folder for all a run makes (default checkpoints/)")
     files.add_argument("--preset", choices=PRESETS, default="reference",
                        help="values for the flags not given: of the published run (reference, the default), of one that gets as far "
                             "in 600 iterations (fast), or of the one that gets farthest (best)")
+    files.add_argument("--teacher", type=absolute, metavar="MODEL.PT",
+                       help="learn from what this network, trained with the same tokenizer, expects, too (default: from the text alone)")
     files.add_argument("--resume", action="store_true", help="go on from last.pt in --out_dir, with its flags unless given anew")
     network = parser.add_argument_group("network")
     flag(network, "vocab_size", config.vocab_size, 256, "tokens in the vocabulary")
@@ -571,17 +592,15 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     args = parser.parse_args()
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.max_iters
-    args.data_path = args.data_path.resolve()  # as --resume may be called from another folder
     if args.resume and args.preset != "reference":
         parser.error("--preset is for a new run: --resume goes on with the flags of the run it finds")
     if args.resume:
         last = load_last(args.out_dir)
         saved = {name: value for name, value in last["args"].items() if name in vars(args).keys() - {"resume", "out_dir"}}
-        flags = [f"--{name}={value}" for name, value in saved.items() if name != "compile"]  # as if given, so that they are checked
+        flags = [f"--{name}={value}" for name, value in saved.items() if name != "compile" and value is not None]  # checked as if given
         if saved.get("compile") is not None:
             flags.append("--compile" if saved["compile"] else "--no-compile")
         args = parser.parse_args(flags + sys.argv[1:])
-        args.data_path = args.data_path.resolve()
         for name, value in vars(args).items():
             if name == "seed" and value != saved.get(name, value):
                 parser.error(f"--seed was {saved[name]} when this run began, and cannot change any more")
@@ -593,6 +612,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         if not minimum <= value < limit:
             upper = f" and less than {limit}" if name in LESS_THAN or minimum <= value < math.inf else ""
             parser.error(f"--{name} must be at least {minimum}{upper}, not {value}")
+    if args.teacher and args.teacher.parent == args.out_dir.resolve():
+        parser.error(f"--teacher {args.teacher} would be moved aside: train into another --out_dir")
     if args.n_head > args.n_embd:
         parser.error(f"--n_head {args.n_head} must not exceed --n_embd {args.n_embd}: each head needs a channel")
     return args, last

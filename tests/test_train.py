@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, complaint, run
 
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, load_model
 from tokenizer import PRETRAINED
-from train import PRESETS, parse_args, schedule
+from train import PRESETS, TEACHER_SHARE, Trainer, parse_args, schedule
 
 
 def train(folder, text, *args, **options):
@@ -106,6 +107,39 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one(tiny_text, tmp_path, f
     assert "note: --max_iters was 10 when this run was saved and is 30 from here on" in resumed.stdout, resumed.stderr
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     assert same_weights(tmp_path / "stopped", tmp_path / "unbroken")
+
+
+# a teacher
+
+def test_what_a_teacher_expects_is_mixed_with_what_came(finished_run):
+    teacher, _ = load_model(finished_run / "model.pt")
+    idx = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(1))
+    soft = Trainer.soften(SimpleNamespace(teacher=teacher), idx, idx)
+    expected = TEACHER_SHARE * teacher(idx)[0].softmax(-1) + (1 - TEACHER_SHARE) * torch.nn.functional.one_hot(idx, 300)
+    torch.testing.assert_close(soft, expected)
+    assert Trainer.soften(SimpleNamespace(teacher=None), idx, idx) is idx
+    student = GPT(GPTConfig(vocab_size=300, block_size=16, n_embd=8, n_head=1, n_layer=1)).eval()
+    logits, loss = student(idx, soft)
+    torch.testing.assert_close(loss, -(soft * logits.log_softmax(-1)).sum(-1).mean())
+    assert student(idx, torch.nn.functional.one_hot(idx, 300).float())[1].item() == pytest.approx(student(idx, idx)[1].item())
+
+
+def test_a_student_resumes_bit_for_bit_and_learns_faster_than_alone(tiny_text, finished_run, tmp_path):
+    flags = "--eval_interval", 10, "--learning_rate", "3e-3"
+    train(tmp_path / "alone", tiny_text, "--max_iters", 30, *flags)
+    for name, iterations in ("unbroken", 30), ("stopped", 10):
+        train(tmp_path / name, tiny_text, "--max_iters", iterations, "--teacher", finished_run / "model.pt", *flags)
+    run("train.py", "--resume", "--out_dir", tmp_path / "stopped", "--max_iters", 30)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
+    assert losses(tmp_path / "unbroken")[30][1] < losses(tmp_path / "alone")[30][1]
+
+
+def test_a_teacher_that_cannot_teach_is_refused(tiny_text, tiny_run, finished_run, tmp_path):
+    teacher = "--teacher", finished_run / "model.pt"
+    assert "trained with another tokenizer" in complaint(train(tmp_path / "a", tiny_text, "--vocab_size", 301, *teacher))
+    assert "has a context of 16 tokens" in complaint(train(tmp_path / "b", tiny_text, "--block_size", 17, *teacher))
+    assert "no checkpoint at" in complaint(train(tmp_path / "c", tiny_text, "--teacher", tmp_path / "model.pt"))
+    assert "moved aside" in complaint(train(tiny_run, tiny_text, "--teacher", tiny_run / "model.pt"), status=2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
