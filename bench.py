@@ -215,7 +215,8 @@ def bench_sample(args):
         gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=256, n_embd=228, n_head=6, n_layer=5)).eval().to(device)
         samplers["Hugging Face GPT-2"] = (
             lambda: gpt2.generate(prompt[:, :1], max_new_tokens=250, min_new_tokens=250, do_sample=True).tolist(), 250)
-    network.generate(prompt, 200)  # warms up
+    for run, _ in samplers.values():  # warms up
+        run()
     times = alternate([run for run, _ in samplers.values()], args.repeats)
     rates = {name: count / time_ for (name, (_, count)), time_ in zip(samplers.items(), times)}
     for name, rate in rates.items():

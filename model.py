@@ -270,14 +270,13 @@ class Decoder:
     def __init__(self, model: GPT, batch_size: int):
         self.model, config, self.length = model, model.config, 0
         weight = model.position_embedding.weight
-        self.caches = weight.new_zeros(config.n_layer, 2, batch_size, config.n_head, config.block_size, config.head_size)
-        self.tokens = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=weight.device)
+        self.caches = weight.new_empty(config.n_layer, 2, batch_size, config.n_head, config.block_size, config.head_size)
+        self.tokens = torch.empty(batch_size, config.block_size, dtype=torch.int64, device=weight.device)
         self.layers = [(norm(block.ln_1), few_rows(block.attn.qkv, batch_size), few_rows(block.attn.proj, batch_size),
                         norm(block.ln_2), few_rows(block.ffwd.up, batch_size), few_rows(block.ffwd.down, batch_size), cache)
                        for block, cache in zip(model.blocks, self.caches)]
         self.ln, self.head = norm(model.ln), few_rows(model.head, batch_size)
-        self.graph, self.token, self.at = None, self.tokens[:, 0].clone(), self.tokens.new_zeros(1)  # what the graph is, and reads
-        self.positions = torch.arange(config.block_size, device=weight.device)[None]
+        self.graph = None
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
@@ -294,16 +293,19 @@ class Decoder:
         self.length = t + 1
         if token.device.type != "cuda":
             return self.read(token, slice(t, t + 1), slice(t + 1))
+        if self.graph is None:
+            with torch.cuda.device(token.device), torch.autocast("cuda", enabled=False):
+                self.record(token)
         self.token.copy_(token)
         self.at.fill_(t)
-        if self.graph is None:
-            with torch.cuda.device(token.device):
-                self.record()
         self.graph.replay()
         return self.logits.clone()
 
     def read(self, token: torch.Tensor, at: slice | torch.Tensor, seen: slice, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Reads token (B,) at position `at`, a slice or (1,) int64; it sees the positions `seen` of which mask, (1, T) bool, is true."""
+        """Reads token (B,) int64 at position `at`, a slice or (1,) int64, and returns the logits of the one after it, (B, V).
+
+        It sees the positions `seen`, T of them, or of those the ones for which mask, (1, T) bool, is true.
+        """
         B, H, _, D = self.caches.shape[2:]
         x = F.embedding(token, self.model.token_embedding.weight) + self.model.position_embedding.weight[at]  # (B, C)
         for ln_1, qkv, proj, ln_2, up, down, cache in self.layers:
@@ -315,16 +317,19 @@ class Decoder:
             x = x + down(up(ln_2(x)).relu_())
         return self.head(self.ln(x))
 
-    def record(self) -> None:
+    def record(self, token: torch.Tensor) -> None:
         """Makes the CUDA graph of a step. Its shapes are fixed, so it looks at all positions, and a mask hides those to come."""
-        def read():
-            return self.read(self.token, self.at, slice(None), self.positions <= self.at)
+        self.token, self.at = token.clone(), self.tokens.new_full((1,), self.length - 1)  # what the graph reads
+        self.caches[..., self.length:, :] = 0  # hidden, but 0 * nan is nan
 
-        stream = torch.cuda.Stream()
+        def read():
+            positions = torch.arange(self.tokens.shape[1], device=token.device)
+            return self.read(self.token, self.at, slice(None), positions[None] <= self.at)
+
+        stream = torch.cuda.Stream()  # of its own: graphs recorded on one stream share its cuBLAS workspace
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # so that libraries set themselves up before
-                read()
+            read()  # so that libraries set themselves up before
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):

@@ -213,6 +213,7 @@ class Trainer:
         if args.batch_size % self.world_size:
             raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it a multiple of {self.world_size} processes")
         self.load_text()
+        self.load_teacher()
 
         torch.manual_seed(args.seed)
         self.config = GPTConfig(**{field.name: getattr(args, field.name) for field in fields(GPTConfig)})
@@ -226,12 +227,6 @@ class Trainer:
         self.random.manual_seed(args.seed + self.rank)
         self.iteration, self.best, self.seconds, self.metrics = 0, math.inf, 0.0, []
         self.grad_norm = torch.tensor(math.nan)
-        self.teacher = None
-        if args.teacher:
-            self.teacher = load_model(args.teacher, self.tokenizer.fingerprint, args.vocab_size)[0].to(self.device)
-            if self.teacher.config.block_size < args.block_size:
-                raise ValueError(f"--teacher {args.teacher} has a context of {self.teacher.config.block_size} tokens: "
-                                 f"use --block_size {self.teacher.config.block_size}, or another teacher")
         if last:
             self.restore(last)
         self.step_model = torch.compile(self.model) if self.compiled else self.model
@@ -278,6 +273,23 @@ class Trainer:
         self.starts = {"val": side_by_side(self.data["val"], args.block_size)}
         self.starts["train"] = side_by_side(self.data["train"], args.block_size, len(self.starts["val"]))
 
+    def load_teacher(self) -> None:
+        """Puts the network --teacher names on the device. Raises ValueError if this one cannot learn from it."""
+        args, self.teacher, self.teacher_hash = self.args, None, None
+        if not args.teacher:
+            return
+        self.teacher, entries = load_model(args.teacher)
+        if entries.get("int8"):
+            raise ValueError(f"--teacher {args.teacher} is int8: name the model.pt it was made from")
+        if (entries.get("tokenizer"), self.teacher.config.vocab_size) != (self.tokenizer.fingerprint, args.vocab_size):
+            raise ValueError(f"--teacher {args.teacher} was trained with another tokenizer than that in {args.out_dir}: "
+                             "copy merges.pkl and vocab.pkl from its folder into a new --out_dir, and train there with its --vocab_size")
+        if self.teacher.config.block_size < args.block_size:
+            raise ValueError(f"--teacher {args.teacher} has a context of {self.teacher.config.block_size} tokens: "
+                             f"use --block_size {self.teacher.config.block_size}, or another teacher")
+        self.teacher.to(self.device)
+        self.teacher_hash = hashlib.sha256(args.teacher.read_bytes()).hexdigest()
+
     def on_device(self, tokens: np.ndarray) -> torch.Tensor:
         """Tokens as an int32 tensor where the network is."""
         return torch.from_numpy(tokens.astype(np.int32)).to(self.device)
@@ -302,6 +314,9 @@ class Trainer:
         if last["text"] != self.text_hash or last["tokenizer"] != self.tokenizer.fingerprint:
             raise ValueError(f"{self.args.data_path} and the tokenizer in {self.args.out_dir} are not those this run began with: "
                              "restore them, or start a new run in another --out_dir")
+        if last.get("teacher") != self.teacher_hash:
+            raise ValueError(f"--teacher {self.args.teacher} is not the network this run began with: restore it, or start a new run in "
+                             "another --out_dir")
         if last["config"] | {name: getattr(self.config, name) for name in ("dropout", "attention_dropout")} != asdict(self.config):
             raise ValueError(f"the run in {self.args.out_dir} has another network ({last['config']}): leave its sizes as they are, "
                              "or start a new run in another --out_dir")
@@ -517,7 +532,7 @@ class Trainer:
         save_last(self.args.out_dir, self.checkpoint() | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
             "batches": self.batches.get_state(), "random": random, "device": self.device.type, "args": args,
-            "best": self.best, "metrics": self.metrics, "seconds": time.monotonic() - self.started})
+            "teacher": self.teacher_hash, "best": self.best, "metrics": self.metrics, "seconds": time.monotonic() - self.started})
 
     def not_finite(self, what: str) -> str:
         """The line that explains why the run ends."""
@@ -612,8 +627,10 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         if not minimum <= value < limit:
             upper = f" and less than {limit}" if name in LESS_THAN or minimum <= value < math.inf else ""
             parser.error(f"--{name} must be at least {minimum}{upper}, not {value}")
+    if args.teacher and not args.teacher.is_file():
+        parser.error(f"no file at --teacher {args.teacher}: name the model.pt of an earlier run")
     if args.teacher and args.teacher.parent == args.out_dir.resolve():
-        parser.error(f"--teacher {args.teacher} would be moved aside: train into another --out_dir")
+        parser.error(f"--teacher {args.teacher} lies in --out_dir, whose files this run replaces: train into another --out_dir")
     if args.n_head > args.n_embd:
         parser.error(f"--n_head {args.n_head} must not exceed --n_embd {args.n_embd}: each head needs a channel")
     return args, last

@@ -125,12 +125,16 @@ def test_what_a_teacher_expects_is_mixed_with_what_came(finished_run):
 
 
 def test_a_student_resumes_bit_for_bit_and_learns_faster_than_alone(tiny_text, finished_run, tmp_path):
-    flags = "--eval_interval", 10, "--learning_rate", "3e-3"
+    flags, teacher = ("--eval_interval", 10, "--learning_rate", "3e-3"), tmp_path / "teacher.pt"
+    shutil.copy(finished_run / "model.pt", teacher)
     train(tmp_path / "alone", tiny_text, "--max_iters", 30, *flags)
     for name, iterations in ("unbroken", 30), ("stopped", 10):
-        train(tmp_path / name, tiny_text, "--max_iters", iterations, "--teacher", finished_run / "model.pt", *flags)
-    run("train.py", "--resume", "--out_dir", tmp_path / "stopped", "--max_iters", 30)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
+        train(tmp_path / name, tiny_text, "--max_iters", iterations, "--teacher", os.path.relpath(teacher), *flags)
+    resume = "train.py", "--resume", "--out_dir", tmp_path / "stopped", "--max_iters", 30
+    assert run(*resume, cwd=tmp_path).returncode == 0  # from another folder
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken") and same_weights(tmp_path / "stopped", tmp_path / "unbroken")
+    shutil.copy(tmp_path / "stopped" / "model.pt", teacher)
+    assert "is not the network this run began with" in complaint(run(*resume))
     assert losses(tmp_path / "unbroken")[30][1] < losses(tmp_path / "alone")[30][1]
 
 
@@ -138,8 +142,10 @@ def test_a_teacher_that_cannot_teach_is_refused(tiny_text, tiny_run, finished_ru
     teacher = "--teacher", finished_run / "model.pt"
     assert "trained with another tokenizer" in complaint(train(tmp_path / "a", tiny_text, "--vocab_size", 301, *teacher))
     assert "has a context of 16 tokens" in complaint(train(tmp_path / "b", tiny_text, "--block_size", 17, *teacher))
-    assert "no checkpoint at" in complaint(train(tmp_path / "c", tiny_text, "--teacher", tmp_path / "model.pt"))
-    assert "moved aside" in complaint(train(tiny_run, tiny_text, "--teacher", tiny_run / "model.pt"), status=2)
+    assert "no file at --teacher" in complaint(train(tmp_path / "c", tiny_text, "--teacher", tmp_path / "model.pt"), status=2)
+    run("quantize.py", "--checkpoint", finished_run / "model.pt", "--out", tmp_path / "model_int8.pt")
+    assert "is int8: name the model.pt" in complaint(train(tmp_path / "c", tiny_text, "--teacher", tmp_path / "model_int8.pt"))
+    assert "lies in --out_dir" in complaint(train(tiny_run, tiny_text, "--teacher", tiny_run / "model.pt"), status=2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -371,9 +377,10 @@ def test_two_processes_follow_the_curve_of_one(tiny_text, tmp_path):
         assert two[iteration] == pytest.approx(one[iteration], abs=1e-4)
 
 
-def test_two_processes_resume_bit_for_bit(tiny_text, tmp_path):
-    torchrun(2, tmp_path / "unbroken", tiny_text, "--max_iters", "20", "--eval_interval", "10")
-    torchrun(2, tmp_path / "stopped", tiny_text, "--max_iters", "10", "--eval_interval", "10")
+def test_two_processes_with_a_teacher_resume_bit_for_bit(tiny_text, finished_run, tmp_path):
+    flags = "--teacher", finished_run / "model.pt", "--eval_interval", 10
+    torchrun(2, tmp_path / "unbroken", tiny_text, "--max_iters", 20, *flags)
+    torchrun(2, tmp_path / "stopped", tiny_text, "--max_iters", 10, *flags)
     process = torchrun(2, tmp_path / "stopped", tiny_text, "--max_iters", "20", "--resume")
     assert process.returncode == 0, process.stderr
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken") and same_weights(tmp_path / "stopped", tmp_path / "unbroken")
