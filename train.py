@@ -93,6 +93,13 @@ def schedule(iteration: int, args: argparse.Namespace) -> float:
     return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
+@torch.no_grad()
+def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """The tokens that come next, (B, T) int64, as probabilities (B, T, V): mostly what a teacher expects (Hinton et al. 2015)."""
+    probs = teacher(idx)[0].float().softmax(-1) * TEACHER_SHARE
+    return probs.scatter_add_(2, targets[..., None], torch.full_like(probs[..., :1], 1 - TEACHER_SHARE))
+
+
 class Stop:
     """Notes SIGINT (Ctrl-C) and SIGTERM, so that the loop can end between two iterations. A second Ctrl-C ends at once."""
 
@@ -213,7 +220,8 @@ class Trainer:
         if args.batch_size % self.world_size:
             raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it a multiple of {self.world_size} processes")
         self.load_text()
-        self.load_teacher()
+        self.teachers = [self.load_teacher(Path(path)) for path in args.teacher]
+        self.teacher_hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.teacher]
 
         torch.manual_seed(args.seed)
         self.config = GPTConfig(**{field.name: getattr(args, field.name) for field in fields(GPTConfig)})
@@ -273,22 +281,18 @@ class Trainer:
         self.starts = {"val": side_by_side(self.data["val"], args.block_size)}
         self.starts["train"] = side_by_side(self.data["train"], args.block_size, len(self.starts["val"]))
 
-    def load_teacher(self) -> None:
-        """Puts the network --teacher names on the device. Raises ValueError if this one cannot learn from it."""
-        args, self.teacher, self.teacher_hash = self.args, None, None
-        if not args.teacher:
-            return
-        self.teacher, entries = load_model(args.teacher)
+    def load_teacher(self, path: Path) -> GPT:
+        """A network that --teacher names, on the device. Raises ValueError if this one cannot learn from it."""
+        teacher, entries = load_model(path)
         if entries.get("int8"):
-            raise ValueError(f"--teacher {args.teacher} is int8: name the model.pt it was made from")
-        if (entries.get("tokenizer"), self.teacher.config.vocab_size) != (self.tokenizer.fingerprint, args.vocab_size):
-            raise ValueError(f"--teacher {args.teacher} was trained with another tokenizer than that in {args.out_dir}: "
+            raise ValueError(f"--teacher {path} is int8: name the model.pt it was made from")
+        if (entries.get("tokenizer"), teacher.config.vocab_size) != (self.tokenizer.fingerprint, self.args.vocab_size):
+            raise ValueError(f"--teacher {path} was trained with another tokenizer than that in {self.args.out_dir}: "
                              "copy merges.pkl and vocab.pkl from its folder into a new --out_dir, and train there with its --vocab_size")
-        if self.teacher.config.block_size < args.block_size:
-            raise ValueError(f"--teacher {args.teacher} has a context of {self.teacher.config.block_size} tokens: "
-                             f"use --block_size {self.teacher.config.block_size}, or another teacher")
-        self.teacher.to(self.device)
-        self.teacher_hash = hashlib.sha256(args.teacher.read_bytes()).hexdigest()
+        if teacher.config.block_size < self.args.block_size:
+            raise ValueError(f"--teacher {path} has a context of {teacher.config.block_size} tokens: "
+                             f"use --block_size {teacher.config.block_size}, or another teacher")
+        return teacher.to(self.device)
 
     def on_device(self, tokens: np.ndarray) -> torch.Tensor:
         """Tokens as an int32 tensor where the network is."""
@@ -314,8 +318,8 @@ class Trainer:
         if last["text"] != self.text_hash or last["tokenizer"] != self.tokenizer.fingerprint:
             raise ValueError(f"{self.args.data_path} and the tokenizer in {self.args.out_dir} are not those this run began with: "
                              "restore them, or start a new run in another --out_dir")
-        if last.get("teacher") != self.teacher_hash:
-            raise ValueError(f"--teacher {self.args.teacher} is not the network this run began with: restore it, or start a new run in "
+        if last.get("teachers", []) != self.teacher_hashes:
+            raise ValueError(f"--teacher {shlex.join(self.args.teacher)}: not what this run began with; restore it, or start a new run in "
                              "another --out_dir")
         if last["config"] | {name: getattr(self.config, name) for name in ("dropout", "attention_dropout")} != asdict(self.config):
             raise ValueError(f"the run in {self.args.out_dir} has another network ({last['config']}): leave its sizes as they are, "
@@ -409,7 +413,10 @@ class Trainer:
             with self.step_model.no_sync() if wait else contextlib.nullcontext():
                 with self.autocast:
                     idx, targets = windows(data, part, args.block_size)
-                    loss = self.step_model(idx, self.soften(idx, targets))[1] * (len(part) / len(mine))
+                    if self.teachers:  # in turn, which is as good as asking all and taking the mean: the loss is linear in it
+                        number = self.iteration + self.rank * len(parts) + i
+                        targets = soften(targets, self.teachers[number % len(self.teachers)], idx)
+                    loss = self.step_model(idx, targets)[1] * (len(part) / len(mine))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in self.optimizers:
@@ -419,14 +426,6 @@ class Trainer:
             self.scaler.step(optimizer)
         self.scaler.update()
         return total
-
-    @torch.no_grad()
-    def soften(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Targets (B, T) int64 or, with --teacher, probabilities (B, T, V): mostly what the teacher expects (Hinton et al. 2015)."""
-        if not self.teacher:
-            return targets
-        probs = self.teacher(idx)[0].float().softmax(-1) * TEACHER_SHARE
-        return probs.scatter_add_(2, targets[..., None], torch.full_like(probs[..., :1], 1 - TEACHER_SHARE))
 
     def tokens_per_second(self) -> float:
         """Speed of training since the last evaluation."""
@@ -532,7 +531,7 @@ class Trainer:
         save_last(self.args.out_dir, self.checkpoint() | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
             "batches": self.batches.get_state(), "random": random, "device": self.device.type, "args": args,
-            "teacher": self.teacher_hash, "best": self.best, "metrics": self.metrics, "seconds": time.monotonic() - self.started})
+            "teachers": self.teacher_hashes, "best": self.best, "metrics": self.metrics, "seconds": time.monotonic() - self.started})
 
     def not_finite(self, what: str) -> str:
         """The line that explains why the run ends."""
@@ -563,8 +562,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     files.add_argument("--preset", choices=PRESETS, default="reference",
                        help="values for the flags not given: of the published run (reference, the default), of one that gets as far "
                             "in 600 iterations (fast), or of the one that gets farthest (best)")
-    files.add_argument("--teacher", type=absolute, metavar="MODEL.PT",
-                       help="learn from what this network, trained with the same tokenizer, expects, too (default: from the text alone)")
+    files.add_argument("--teacher", type=lambda path: str(absolute(path)), nargs="+", default=[], metavar="MODEL.PT",
+                       help="learn from what these networks, trained with the same tokenizer, expect, too (default: from the text alone)")
     files.add_argument("--resume", action="store_true", help="go on from last.pt in --out_dir, with its flags unless given anew")
     network = parser.add_argument_group("network")
     flag(network, "vocab_size", config.vocab_size, 256, "tokens in the vocabulary")
@@ -612,7 +611,9 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     if args.resume:
         last = load_last(args.out_dir)
         saved = {name: value for name, value in last["args"].items() if name in vars(args).keys() - {"resume", "out_dir"}}
-        flags = [f"--{name}={value}" for name, value in saved.items() if name != "compile" and value is not None]  # checked as if given
+        flags = [f"--{name}={value}" for name, value in saved.items() if name not in ("compile", "teacher")]  # checked as if given
+        if type(saved.get("teacher")) is list and saved["teacher"]:
+            flags += ["--teacher", *map(str, saved["teacher"])]
         if saved.get("compile") is not None:
             flags.append("--compile" if saved["compile"] else "--no-compile")
         args = parser.parse_args(flags + sys.argv[1:])
@@ -627,10 +628,11 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         if not minimum <= value < limit:
             upper = f" and less than {limit}" if name in LESS_THAN or minimum <= value < math.inf else ""
             parser.error(f"--{name} must be at least {minimum}{upper}, not {value}")
-    if args.teacher and not args.teacher.is_file():
-        parser.error(f"no file at --teacher {args.teacher}: name the model.pt of an earlier run")
-    if args.teacher and args.teacher.parent == args.out_dir.resolve():
-        parser.error(f"--teacher {args.teacher} lies in --out_dir, whose files this run replaces: train into another --out_dir")
+    for path in map(Path, args.teacher):
+        if not path.is_file():
+            parser.error(f"no file at --teacher {path}: name the model.pt of an earlier run")
+        if path.parent == args.out_dir.resolve():
+            parser.error(f"--teacher {path} lies in --out_dir, whose files this run replaces: train into another --out_dir")
     if args.n_head > args.n_embd:
         parser.error(f"--n_head {args.n_head} must not exceed --n_embd {args.n_embd}: each head needs a channel")
     return args, last

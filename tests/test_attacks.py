@@ -868,7 +868,8 @@ SHARE = (["0", "0.5", "0.999999", "1e-300"], ["-0.1", "1", "1.5", "nan", "inf", 
 POSITIVE = (["0", "1e-300", "1e300"], ["-1e-300", "nan", "inf", *REAL])
 ANY = ([*NONSENSE[1:2], "no/such/file"], [])
 BOUNDS = {
-    "train": {"data_path": ANY, "out_dir": ANY, "teacher": ANY, "preset": (["reference", "fast"], ["", "slow"]), "device": ANY,
+    "train": {"data_path": ANY, "out_dir": ANY, "teacher": ([__file__], ["", "no/such/file"]), "device": ANY,
+              "preset": (["reference", "fast"], ["", "slow"]),
               "dtype": (["auto", "float32", "bfloat16", "float16"], ["", "int8"]),
               "vocab_size": (["256", str(tokenizer.MAX_VOCAB)], ["255", str(tokenizer.MAX_VOCAB + 1), "-1", *WHOLE]),
               "n_layer": (["1", "1000"], ["0", "1001", str(10**30), *WHOLE]), "seed": (["0", LARGEST], ["-1", TOO_LARGE, *WHOLE]),

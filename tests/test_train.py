@@ -8,16 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+import train as script
 from conftest import ROOT, TINY, complaint, run
 
 from model import GPT, GPTConfig, load_checkpoint, load_model
 from tokenizer import PRETRAINED
-from train import PRESETS, TEACHER_SHARE, Trainer, parse_args, schedule
+from train import PRESETS, TEACHER_SHARE, Trainer, parse_args, schedule, soften
 
 
 def train(folder, text, *args, **options):
@@ -109,32 +110,48 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one(tiny_text, tmp_path, f
     assert same_weights(tmp_path / "stopped", tmp_path / "unbroken")
 
 
-# a teacher
+# teachers
 
 def test_what_a_teacher_expects_is_mixed_with_what_came(finished_run):
     teacher, _ = load_model(finished_run / "model.pt")
     idx = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(1))
-    soft = Trainer.soften(SimpleNamespace(teacher=teacher), idx, idx)
+    soft = soften(idx, teacher, idx)
     expected = TEACHER_SHARE * teacher(idx)[0].softmax(-1) + (1 - TEACHER_SHARE) * torch.nn.functional.one_hot(idx, 300)
     torch.testing.assert_close(soft, expected)
-    assert Trainer.soften(SimpleNamespace(teacher=None), idx, idx) is idx
     student = GPT(GPTConfig(vocab_size=300, block_size=16, n_embd=8, n_head=1, n_layer=1)).eval()
     logits, loss = student(idx, soft)
     torch.testing.assert_close(loss, -(soft * logits.log_softmax(-1)).sum(-1).mean())
     assert student(idx, torch.nn.functional.one_hot(idx, 300).float())[1].item() == pytest.approx(student(idx, idx)[1].item())
 
 
+def test_teachers_take_turns(tiny_text, finished_run, tmp_path, monkeypatch):
+    for name in "abc":
+        shutil.copy(finished_run / "model.pt", tmp_path / name)
+    asked = []
+    monkeypatch.setattr(script, "soften", lambda targets, teacher, idx: asked.append(teacher) or soften(targets, teacher, idx))
+    monkeypatch.setattr(script, "Stop", lambda: None)  # this process keeps its signals
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--data_path", str(tiny_text), "--out_dir", str(tmp_path / "run"),
+                                      "--gradient_accumulation_steps", "4", "--teacher", *(str(tmp_path / name) for name in "abc")])
+    trainer = Trainer(*parse_args())
+    for trainer.iteration in range(3):
+        trainer.step()
+    assert len(asked) == 12 and [asked.count(teacher) for teacher in trainer.teachers] == [4, 4, 4]
+    assert len({*map(id, asked[:3])}) == len({*map(id, asked[::4])}) == 3  # within an iteration, and from one to the next
+
+
 def test_a_student_resumes_bit_for_bit_and_learns_faster_than_alone(tiny_text, finished_run, tmp_path):
-    flags, teacher = ("--eval_interval", 10, "--learning_rate", "3e-3"), tmp_path / "teacher.pt"
+    flags, teacher, other = ("--eval_interval", 10, "--learning_rate", "3e-3"), tmp_path / "a teacher.pt", tmp_path / "other.pt"
     shutil.copy(finished_run / "model.pt", teacher)
     train(tmp_path / "alone", tiny_text, "--max_iters", 30, *flags)
+    shutil.copy(tmp_path / "alone" / "model.pt", other)
     for name, iterations in ("unbroken", 30), ("stopped", 10):
-        train(tmp_path / name, tiny_text, "--max_iters", iterations, "--teacher", os.path.relpath(teacher), *flags)
+        train(tmp_path / name, tiny_text, "--max_iters", iterations, "--teacher", os.path.relpath(teacher), other, *flags)
     resume = "train.py", "--resume", "--out_dir", tmp_path / "stopped", "--max_iters", 30
     assert run(*resume, cwd=tmp_path).returncode == 0  # from another folder
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken") and same_weights(tmp_path / "stopped", tmp_path / "unbroken")
-    shutil.copy(tmp_path / "stopped" / "model.pt", teacher)
-    assert "is not the network this run began with" in complaint(run(*resume))
+    assert "not what this run began with" in complaint(run(*resume, "--teacher", teacher))
+    shutil.copy(tmp_path / "stopped" / "model.pt", other)
+    assert "not what this run began with" in complaint(run(*resume))
     assert losses(tmp_path / "unbroken")[30][1] < losses(tmp_path / "alone")[30][1]
 
 
