@@ -12,10 +12,9 @@ import time
 import numpy as np
 import pytest
 import torch
-
-import train as script
 from conftest import ROOT, TINY, complaint, run
 
+import train as script
 from model import GPT, GPTConfig, load_checkpoint, load_model
 from tokenizer import PRETRAINED
 from train import PRESETS, TEACHER_SHARE, Trainer, parse_args, schedule, soften
