@@ -165,7 +165,7 @@ def bench_train(args):
 
     def ours(dtype):
         network = GPT(config).to(device)
-        return iteration(torch.compile(network) if device.type == "cuda" else network, dtype, device.type in ("cpu", "cuda"), parts)
+        return iteration(torch.compile(network) if device.type == "cuda" else network, dtype, True, parts)
 
     runs = {"textbook, float32": iteration(TextbookGPT(config).to(device), torch.float32, False, [idx])}
     runs |= {f"ours, {str(dtype)[6:]}": ours(dtype) for dtype in dict.fromkeys([torch.float32, choose_dtype("auto", device)])}

@@ -414,12 +414,10 @@ def mean_loss(model: GPT, data: torch.Tensor, starts: torch.Tensor) -> float:
 def choose_device(name: str) -> torch.device:
     """The device asked for, or the fastest there is for `auto`. Raises ValueError if it is not there."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    kind, _, index = name.partition(":")
-    if name == "auto":
-        return torch.device(there[0])
-    if kind not in there or index and (not index.isdecimal() or int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
+    kind, colon, index = (there[0] if name == "auto" else name).partition(":")
+    if kind not in there or colon and (not index.isdecimal() or int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
         raise ValueError(f"--device {name}: not on this machine, which has {', '.join(there)}")
-    return torch.device(name)
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)  # "cuda" alone is none to set_device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -67,7 +67,7 @@ def load_tokenizer(out_dir: Path, data_path: Path, vocab_size: int) -> BasicToke
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-def build_optimizers(model: GPT, args: argparse.Namespace, device: torch.device) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: GPT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019) for all and, with --muon_lr, Muon (Jordan et al. 2024) for the matrices in the blocks.
 
     Both decay matrices only, not biases and norms.
@@ -78,7 +78,7 @@ def build_optimizers(model: GPT, args: argparse.Namespace, device: torch.device)
     for_adamw = [p for p in model.parameters() if all(p is not q for q in for_muon)]
     groups = [{"params": [p for p in for_adamw if p.dim() == 2], "weight_decay": args.weight_decay},
               {"params": [p for p in for_adamw if p.dim() < 2], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=device.type in ("cpu", "cuda"))
+    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=True)
     return [adamw] + ([torch.optim.Muon(for_muon, lr=args.muon_lr, weight_decay=args.weight_decay)] if for_muon else [])
 
 
@@ -130,10 +130,10 @@ def lock(out_dir: Path):
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has no such lock
-        pass
     except BlockingIOError:
         raise ValueError(f"another training is running in {out_dir}: wait for it, or choose another --out_dir") from None
+    except (ImportError, OSError):  # Windows has no such lock, nor have some network drives
+        pass
     return file
 
 
@@ -228,7 +228,7 @@ class Trainer:
         self.model = GPT(self.config).to(self.device)
         if args.init_std:
             self.model.init_weights(args.init_std)
-        self.optimizers = build_optimizers(self.model, args, self.device)
+        self.optimizers = build_optimizers(self.model, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.batches = torch.Generator(self.device).manual_seed(args.seed)  # one for all ranks: each takes its part of a batch
         self.random = torch if self.device.type == "cpu" else torch.get_device_module(self.device)  # whence dropout draws
@@ -251,11 +251,11 @@ class Trainer:
 
     def join_others(self) -> None:
         """Meets the other processes that torchrun started, each on a GPU of its own or on the CPU."""
-        gpu = self.args.device.startswith("cuda") or self.args.device == "auto" and torch.cuda.is_available()
+        gpu = choose_device(self.args.device).type == "cuda"
         self.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu")
         if gpu:
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if gpu else "gloo")
         self.flags_group = dist.new_group(backend="gloo")  # for flags that live on the CPU
 
     def load_text(self) -> None:
@@ -266,12 +266,12 @@ class Trainer:
         if self.master:
             self.held = lock(args.out_dir)  # until this process ends; only now, as what is amiss so far leaves no folder
         if self.world_size > 1 and not self.master:
-            dist.barrier()  # the master may have to train the tokenizer
+            dist.barrier(self.flags_group)  # the master may have to train the tokenizer
         if self.master and (args.out_dir / "merges.pkl").exists():
             print(f"using the tokenizer that is in {args.out_dir}")
         tokenizer = load_tokenizer(args.out_dir, args.data_path, args.vocab_size)
         if self.world_size > 1 and self.master:
-            dist.barrier()
+            dist.barrier(self.flags_group)
         tokens = tokenizer.encode_array(text)
         train, val = split(tokens, args.block_size)
         self.tokenizer, self.text_hash = tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest()
@@ -422,8 +422,9 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+        if not self.scaler.is_enabled() or self.grad_norm.isfinite():  # float16 that overflowed anywhere moves nothing
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
         return total
 
@@ -494,7 +495,8 @@ class Trainer:
         hooks = [block.ffwd.relu.register_forward_hook(lambda module, inputs, output: outputs.append(output))
                  for block in self.model.blocks]
         self.model.eval()
-        loss = self.model(*windows(self.data["train"], self.starts["train"][:64], self.args.block_size))[1]
+        some = min(64, math.ceil(self.args.batch_size / (self.args.gradient_accumulation_steps or 1)))  # no more than a step takes
+        loss = self.model(*windows(self.data["train"], self.starts["train"][:some], self.args.block_size))[1]
         gradients = torch.autograd.grad(loss, outputs)
         self.model.train()
         for hook in hooks:
@@ -593,7 +595,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "seed", 1337, 0, "of initialisation, batches and dropout")
     flag(training, "eval_interval", 500, 1, "iterations between two evaluations")
     flag(training, "eval_iters", 0, 0, "random batches to evaluate on, as published: 200; 0: the whole validation split "
-                                        "in windows side by side, exactly, and an equal share of the training split")
+                                        "in windows side by side, exactly, and as many windows of the training split")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
@@ -604,13 +606,14 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     args, last = parser.parse_args(), None
     parser.set_defaults(**PRESETS[args.preset])
     args = parser.parse_args()
-    if args.lr_decay_iters is None:
-        args.lr_decay_iters = args.max_iters
     if args.resume and args.preset != "reference":
         parser.error("--preset is for a new run: --resume goes on with the flags of the run it finds")
     if args.resume:
         last = load_last(args.out_dir)
         saved = {name: value for name, value in last["args"].items() if name in vars(args).keys() - {"resume", "out_dir"}}
+        if saved.get("lr_decay_iters", 0) == saved.get("max_iters"):  # and so it stays, should the run be made longer
+            parser.set_defaults(lr_decay_iters=None)
+            del saved["lr_decay_iters"]
         flags = [f"--{name}={value}" for name, value in saved.items() if name not in ("compile", "teacher")]  # checked as if given
         if type(saved.get("teacher")) is list and saved["teacher"]:
             flags += ["--teacher", *map(str, saved["teacher"])]
@@ -622,6 +625,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
                 parser.error(f"--seed was {saved[name]} when this run began, and cannot change any more")
             if name in saved and str(saved[name]) != str(value) and int(os.environ.get("RANK", 0)) == 0:
                 print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on")
+    if args.lr_decay_iters is None:
+        args.lr_decay_iters = args.max_iters
     for name, minimum in at_least.items():
         value = getattr(args, name)
         limit = LESS_THAN.get(name, 2**63 if type(value) is int else math.inf)  # whole numbers beyond that PyTorch cannot hold
@@ -677,7 +682,8 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except (MemoryError, RuntimeError) as error:
-        if not any(words in str(error) for words in ("memory", "overflow")):
+        told = "out of memory", "enough memory", "allocate memory", "overflow"
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in told):
             raise
         sys.exit("train.py: not enough memory: use a smaller --batch_size, --block_size, --n_embd, --n_layer or --eval_iters, or another "
                  "--device")

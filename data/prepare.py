@@ -43,9 +43,8 @@ def prepare():
     nothing is written then.
     """
     if PATH.exists():
-        with PATH.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == SHA256:
-                return f"{PATH} is Tiny Shakespeare already"
+        if hashlib.sha256(PATH.read_bytes()).hexdigest() == SHA256:
+            return f"{PATH} is Tiny Shakespeare already"
         return f"{PATH} is another text than Tiny Shakespeare and stays as it is; move it away to download that"
     try:
         data = download()

@@ -949,8 +949,9 @@ def trainer_of(folder, text, monkeypatch, *flags):
     return train.Trainer(*train.parse_args())
 
 
-def test_a_gradient_that_overflows_float16_is_skipped_and_the_scale_halved(tiny_text, tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path, tiny_text, monkeypatch, "--dtype", "float16", "--learning_rate", "1e-3")
+@pytest.mark.parametrize("muon_lr", [0, 0.02])  # with Muon there are two optimizers, and the gradients of one alone may overflow
+def test_a_gradient_that_overflows_float16_is_skipped_and_the_scale_halved(tiny_text, tmp_path, monkeypatch, muon_lr):
+    trainer = trainer_of(tmp_path, tiny_text, monkeypatch, "--dtype", "float16", "--learning_rate", "1e-3", "--muon_lr", muon_lr)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # far too large
     before, scale = [p.clone() for p in trainer.model.parameters()], 2.0**40
     skipped = 0
