@@ -100,6 +100,19 @@ def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor) -> torch.Tens
     return probs.scatter_add_(2, targets[..., None], torch.full_like(probs[..., :1], 1 - TEACHER_SHARE))
 
 
+def histogram(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """How many values (float32, any shape) lie in each of 100 bins, and their edges: (100,) int64, (101,) float32.
+
+    It is that of np.histogram, made where the values are: on a GPU copying them would take longer than the rest of an evaluation.
+    """
+    low, high = (value.item() for value in values.aminmax())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    parts = values.flatten().split(2**24)  # histc counts in float32, which knows no larger odd numbers
+    counts = sum(torch.histc(part, 100, low, high).long() for part in parts)
+    return counts.cpu().numpy(), np.linspace(low, high, 101, dtype=np.float32)
+
+
 class Stop:
     """Notes SIGINT (Ctrl-C) and SIGTERM, so that the loop can end between two iterations. A second Ctrl-C ends at once."""
 
@@ -422,7 +435,8 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
-        if not self.scaler.is_enabled() or self.grad_norm.isfinite():  # float16 that overflowed anywhere moves nothing
+        # float16 that overflowed anywhere must move nothing, but of two optimizers each knows only of its own; asking makes a GPU wait
+        if len(self.optimizers) == 1 or not self.scaler.is_enabled() or self.grad_norm.isfinite():
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
         self.scaler.update()
@@ -508,7 +522,7 @@ class Trainer:
                       f"relu{layer}_dead": (out == 0).flatten(0, -2).all(0).float().mean().item(),
                       f"relu{layer}_grad_mean": grad.mean().item(), f"relu{layer}_grad_std": grad.std().item()}
         for name, tensors in ("relu", outputs), ("relu_grad", gradients):
-            counts, edges = zip(*(np.histogram(t.detach().float().cpu().numpy(), 100) for t in tensors))
+            counts, edges = zip(*(histogram(t.detach()) for t in tensors))
             histograms |= {f"{name}_counts": np.array(counts), f"{name}_edges": np.array(edges)}
         return stats, histograms
 
@@ -585,7 +599,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "lr_decay_iters", 0, 0, "iteration at which a cosine has taken it down to --min_lr; 0: it stays constant; "
                                             "presets but the reference: --max_iters")
     flag(training, "min_lr", 3e-5, 0, "where that cosine ends")
-    flag(training, "weight_decay", 0.01, 0, "of AdamW, on matrices only")
+    flag(training, "weight_decay", 0.01, 0, "of AdamW and Muon, on matrices only")
     flag(training, "beta1", 0.9, 0, "AdamW's decay rate of the first moment, less than 1")
     flag(training, "beta2", 0.999, 0, "AdamW's decay rate of the second moment, less than 1")
     flag(training, "muon_lr", 0.0, 0, "step size of Muon, which then trains the matrices in the blocks; 0: AdamW trains all")

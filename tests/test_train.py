@@ -55,6 +55,15 @@ def test_a_run_learns_and_leaves_what_the_other_scripts_need(finished_run):
     assert not [name for name in files if name.endswith(".tmp")]
 
 
+def test_a_histogram_is_that_of_numpy():
+    values = torch.randn(3, 70_001, generator=torch.Generator().manual_seed(0))
+    for t in values, values.relu(), torch.zeros(5), values[:1, :1]:
+        counts, edges = script.histogram(t)
+        expected, expected_edges = np.histogram(t.numpy(), 100)
+        assert counts.sum() == t.numel() and np.allclose(edges, expected_edges, atol=1e-6)
+        assert abs(counts - expected).max() <= 2  # of those on an edge, within rounding
+
+
 def test_the_histograms_count_every_output(finished_run):
     rows, windows = metrics(finished_run), 4  # as many as in a batch
     with np.load(finished_run / "histograms.npz", allow_pickle=False) as histograms:
