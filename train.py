@@ -39,11 +39,11 @@ RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt
 PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients", "attention", "expected"}
 PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried to find them is in README.md
     "reference": {},
-    "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.1,
+    "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.4,
              "warmup_iters": 50, "lr_decay_iters": None, "min_lr": 0.0, "init_std": 0.02, "dropout": 0.1, "attention_dropout": 0.0,
              "bpe_dropout": 0.1},
 }
-PRESETS["best"] = PRESETS["fast"] | {"max_iters": 3000, "eval_interval": 250, "dropout": 0.3, "bpe_dropout": 0.2}
+PRESETS["best"] = PRESETS["fast"] | {"max_iters": 3000, "eval_interval": 250, "weight_decay": 0.1, "dropout": 0.3, "bpe_dropout": 0.2}
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 TEACHER_SHARE = 0.9  # of a teacher in what the network is to predict; the rest is the token that really came next
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
