@@ -103,10 +103,10 @@ def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor) -> torch.Tens
 def histogram(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """How many values (float32, any shape) lie in each of 100 bins, and their edges: (100,) int64, (101,) float32.
 
-    It is that of np.histogram, made where the values are: on a GPU copying them would take longer than the rest of an evaluation.
+    It is that of np.histogram, but made where the values are, so that they need not be copied from a GPU.
     """
     low, high = (value.item() for value in values.aminmax())
-    if low == high:
+    if low == high:  # as in a layer that is dead
         low, high = low - 0.5, high + 0.5
     parts = values.flatten().split(2**24)  # histc counts in float32, which knows no larger odd numbers
     counts = sum(torch.histc(part, 100, low, high).long() for part in parts)
