@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = re.sub(r" *\\\n *", " ", (ROOT / "README.md").read_text(encoding="utf-8"))  # a command on two lines becomes one
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
 LONG = ("bench.py", "train.py", "pytest", "torchrun")  # not for a test
 
