@@ -574,7 +574,7 @@ def load_model(path: Path, fingerprint: str | None = None, vocab_size: int | Non
             raise ValueError("no word of its training")
         if vocab_size not in (None, config.vocab_size):
             raise ValueError("another vocabulary than the tokenizer's")
-        if config.n_layer > len(weights) or sum(w.nbytes for w in weights.values()) > path.stat().st_size:
+        if config.n_layer > len(weights) or sum(w.nbytes for w in weights.values()) > Path(path).stat().st_size:
             raise ValueError("more weights than the file holds")
         if not all(w.dtype == torch.int8 or w.dtype == torch.float32 and w.isfinite().all() for w in weights.values()):
             raise ValueError("weights that are not finite numbers")

@@ -46,6 +46,7 @@ PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried 
 PRESETS["best"] = PRESETS["fast"] | {"max_iters": 3000, "eval_interval": 250, "weight_decay": 0.1, "dropout": 0.3, "bpe_dropout": 0.2}
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 TEACHER_SHARE = 0.9  # of a teacher in what the network is to predict; the rest is the token that really came next
+TEACHER_TEMPERATURE = 1.15  # a teacher knows the text by heart, and is surer of it than it would be of another
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list, "device": str, "args": dict,
                 "text": str, "tokenizer": str, "best": float, "seconds": float, "metrics": list}  # and what they are
@@ -96,7 +97,7 @@ def schedule(iteration: int, args: argparse.Namespace) -> float:
 @torch.no_grad()
 def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor) -> torch.Tensor:
     """The tokens that come next, (B, T) int64, as probabilities (B, T, V): mostly what a teacher expects (Hinton et al. 2015)."""
-    probs = teacher(idx)[0].float().softmax(-1) * TEACHER_SHARE
+    probs = (teacher(idx)[0].float() / TEACHER_TEMPERATURE).softmax(-1) * TEACHER_SHARE
     return probs.scatter_add_(2, targets[..., None], torch.full_like(probs[..., :1], 1 - TEACHER_SHARE))
 
 

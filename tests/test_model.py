@@ -324,7 +324,7 @@ def save(path, network, **more):
 
 def test_a_checkpoint_brings_back_the_network(small, tmp_path):
     save(tmp_path / "model.pt", small)
-    loaded, rest = load_model(tmp_path / "model.pt", "abc")
+    loaded, rest = load_model(str(tmp_path / "model.pt"), "abc")
     idx = random_ids(2, 16)
     assert torch.equal(loaded(idx)[0], small(idx)[0]) and rest["iteration"] == 5 and not loaded.training
     again = GPT(GPTConfig(**load_checkpoint(tmp_path / "model.pt")["config"]))

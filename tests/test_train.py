@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, complaint, run
 import train as script
 from model import GPT, GPTConfig, choose_device, load_checkpoint, load_model
 from tokenizer import PRETRAINED
-from train import PRESETS, TEACHER_SHARE, Trainer, parse_args, schedule, soften
+from train import PRESETS, TEACHER_SHARE, TEACHER_TEMPERATURE, Trainer, parse_args, schedule, soften
 
 
 def train(folder, text, *args, **options):
@@ -132,7 +132,7 @@ def test_what_a_teacher_expects_is_mixed_with_what_came(finished_run):
     teacher, _ = load_model(finished_run / "model.pt")
     idx = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(1))
     soft = soften(idx, teacher, idx)
-    expected = TEACHER_SHARE * teacher(idx)[0].softmax(-1) + (1 - TEACHER_SHARE) * torch.nn.functional.one_hot(idx, 300)
+    expected = TEACHER_SHARE * (teacher(idx)[0] / TEACHER_TEMPERATURE).softmax(-1) + (1 - TEACHER_SHARE) * torch.nn.functional.one_hot(idx, 300)
     torch.testing.assert_close(soft, expected)
     student = GPT(GPTConfig(vocab_size=300, block_size=16, n_embd=8, n_head=1, n_layer=1)).eval()
     logits, loss = student(idx, soft)
