@@ -189,17 +189,18 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+                temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Predicts the token after each token of idx, (B, T) int64 with T <= block_size.
 
         Returns the logits (B, T, V) and, where targets are given, their mean cross-entropy in nats per token. Targets are the tokens
-        that come next, (B, T) int64, or a probability for each token, (B, T, V) float32.
+        that come next, (B, T) int64, or a probability for each token, (B, T, V) float32. The temperature divides the logits in the loss.
         Raises ValueError if T exceeds block_size.
         """
         logits = self.head(self.hidden(idx))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(0, 1))
+        return logits, F.cross_entropy(logits.flatten(0, 1).float() / temperature, targets.flatten(0, 1))
 
     def hidden(self, idx: torch.Tensor, caches: torch.Tensor | None = None) -> torch.Tensor:
         """The normalised residual stream after the last block. idx: (B, T) int64 -> (B, T, C).

@@ -430,7 +430,7 @@ class Trainer:
                     if self.teachers:  # in turn, which is as good as asking all and taking the mean: the loss is linear in it
                         number = self.iteration + self.rank * len(parts) + i
                         targets = soften(targets, self.teachers[number % len(self.teachers)], idx)
-                    loss = self.step_model(idx, targets)[1] * (len(part) / len(mine))
+                    loss = self.step_model(idx, targets, args.train_temperature)[1] * (len(part) / len(mine))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in self.optimizers:
@@ -606,6 +606,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "muon_lr", 0.0, 0, "step size of Muon, which then trains the matrices in the blocks; 0: AdamW trains all")
     flag(training, "init_std", 0.0, 0, "standard deviation of the initial matrices; 0: PyTorch's default initialisation")
     flag(training, "bpe_dropout", 0.0, 0, "share of merges left out when the training text is cut into tokens, anew on each pass; less than 1")
+    flag(training, "train_temperature", 1.0, 0.1, "divides the logits in the loss of training alone, not where it is measured; below 1 the "
+                                                  "network ends up less sure of itself")
     flag(training, "grad_clip", 0.0, 0, "largest norm of the gradient; 0: any")
     flag(training, "seed", 1337, 0, "of initialisation, batches and dropout")
     flag(training, "eval_interval", 500, 1, "iterations between two evaluations")

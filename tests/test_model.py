@@ -308,6 +308,13 @@ def test_windows_side_by_side_cover_the_split_once():
     assert len(set(few.tolist())) == 6 and few[0] == 0 and few[-1] == 9_968 and all(few % 16 == 0)
 
 
+def test_the_temperature_divides_the_logits_in_the_loss_alone(small):
+    idx, targets = random_ids(2, 16), random_ids(2, 16)
+    logits, loss = small(idx, targets, temperature=0.5)
+    assert torch.equal(logits, small(idx)[0])
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.flatten(0, 1) * 2, targets.flatten()))
+
+
 def test_mean_loss_is_the_mean_over_all_tokens(small):
     data = random_ids(16 * 70 + 1)
     starts = side_by_side(data, 16)

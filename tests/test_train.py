@@ -126,6 +126,13 @@ def test_a_run_made_longer_takes_its_schedule_along(tiny_text, tmp_path, monkeyp
         assert args.lr_decay_iters == expected and last["iteration"] == 4
 
 
+def test_a_training_temperature_changes_the_training_and_not_the_measure(tiny_text, tmp_path):
+    for name, temperature in ("a", 1), ("b", 0.5):
+        train(tmp_path / name, tiny_text, "--max_iters", 6, "--eval_interval", 3, "--train_temperature", temperature)
+    first, second = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert first[0] == second[0] and first[3] != second[3]
+
+
 # teachers
 
 def test_what_a_teacher_expects_is_mixed_with_what_came(finished_run):
