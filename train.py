@@ -41,12 +41,11 @@ PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried 
     "reference": {},
     "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.4,
              "warmup_iters": 50, "lr_decay_iters": None, "min_lr": 0.0, "init_std": 0.02, "dropout": 0.1, "attention_dropout": 0.0,
-             "bpe_dropout": 0.1},
+             "bpe_dropout": 0.1, "train_temperature": 0.85},
 }
 PRESETS["best"] = PRESETS["fast"] | {"max_iters": 3000, "eval_interval": 250, "weight_decay": 0.1, "dropout": 0.3, "bpe_dropout": 0.2}
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 TEACHER_SHARE = 0.9  # of a teacher in what the network is to predict; the rest is the token that really came next
-TEACHER_TEMPERATURE = 1.15  # a teacher knows the text by heart, and is surer of it than it would be of another
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list, "device": str, "args": dict,
                 "text": str, "tokenizer": str, "best": float, "seconds": float, "metrics": list}  # and what they are
@@ -95,9 +94,9 @@ def schedule(iteration: int, args: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
-def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor) -> torch.Tensor:
+def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor, temperature: float) -> torch.Tensor:
     """The tokens that come next, (B, T) int64, as probabilities (B, T, V): mostly what a teacher expects (Hinton et al. 2015)."""
-    probs = (teacher(idx)[0].float() / TEACHER_TEMPERATURE).softmax(-1) * TEACHER_SHARE
+    probs = (teacher(idx)[0].float() / temperature).softmax(-1) * TEACHER_SHARE
     return probs.scatter_add_(2, targets[..., None], torch.full_like(probs[..., :1], 1 - TEACHER_SHARE))
 
 
@@ -429,7 +428,7 @@ class Trainer:
                     idx, targets = windows(data, part, args.block_size)
                     if self.teachers:  # in turn, which is as good as asking all and taking the mean: the loss is linear in it
                         number = self.iteration + self.rank * len(parts) + i
-                        targets = soften(targets, self.teachers[number % len(self.teachers)], idx)
+                        targets = soften(targets, self.teachers[number % len(self.teachers)], idx, args.train_temperature)
                     loss = self.step_model(idx, targets, args.train_temperature)[1] * (len(part) / len(mine))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -606,8 +605,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "muon_lr", 0.0, 0, "step size of Muon, which then trains the matrices in the blocks; 0: AdamW trains all")
     flag(training, "init_std", 0.0, 0, "standard deviation of the initial matrices; 0: PyTorch's default initialisation")
     flag(training, "bpe_dropout", 0.0, 0, "share of merges left out when the training text is cut into tokens, anew on each pass; less than 1")
-    flag(training, "train_temperature", 1.0, 0.1, "divides the logits in the loss of training alone, not where it is measured; below 1 the "
-                                                  "network ends up less sure of itself")
+    flag(training, "train_temperature", 1.0, 0.1, "divides the logits, and those of a --teacher, in the loss of training alone, not where "
+                                                  "it is measured; below 1 the network ends up less sure of itself")
     flag(training, "grad_clip", 0.0, 0, "largest norm of the gradient; 0: any")
     flag(training, "seed", 1337, 0, "of initialisation, batches and dropout")
     flag(training, "eval_interval", 500, 1, "iterations between two evaluations")
