@@ -140,7 +140,7 @@ def bench_train(args):
     """Whole iterations (forward, backward, update) at the published sizes, dropout included, in turn."""
     import torch
 
-    from model import CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype
+    from model import CPU_BATCH, GPT, GPTConfig, can_compile, choose_device, choose_dtype
     from textbook_gpt import TextbookGPT
 
     config, device, batch_size = GPTConfig(), choose_device(args.device), args.batch_size
@@ -165,7 +165,7 @@ def bench_train(args):
 
     def ours(dtype):
         network = GPT(config).to(device)
-        return iteration(torch.compile(network) if device.type == "cuda" else network, dtype, True, parts)
+        return iteration(torch.compile(network) if can_compile(device) else network, dtype, True, parts)
 
     runs = {"textbook, float32": iteration(TextbookGPT(config).to(device), torch.float32, False, [idx])}
     runs |= {f"ours, {str(dtype)[6:]}": ours(dtype) for dtype in dict.fromkeys([torch.float32, choose_dtype("auto", device)])}
@@ -396,6 +396,8 @@ def main():
         sys.exit(f"bench.py: {error}")
     except subprocess.CalledProcessError:
         sys.exit(1)  # the child has said why
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

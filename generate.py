@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import torch
 
-from model import choose_device, find_checkpoint, load_model
+from model import choose_device, find_checkpoint, load_model, out_of_memory
 from tokenizer import BasicTokenizer, atomic_write, default_run
 
 
@@ -134,5 +134,9 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"generate.py: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit("generate.py: not enough memory: use a smaller --num_samples, or another --device")
     except KeyboardInterrupt:  # before the first token
         sys.exit(130)

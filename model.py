@@ -7,6 +7,7 @@ The network: a decoder-only Transformer (GPT), its key/value cache and its check
 
 Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = n_embd // n_head channels, V = vocab_size.
 """
+import importlib.util
 import math
 import pickletools
 import re
@@ -165,7 +166,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The network (Radford et al. 2018): embeddings, n_layer blocks, a last norm and an output head of its own."""
+    """The network (Radford et al. 2019, but with an output head of its own): embeddings, n_layer blocks, a last norm and that head."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -418,7 +419,7 @@ def choose_device(name: str) -> torch.device:
     kind, colon, index = (there[0] if name == "auto" else name).partition(":")
     if kind not in there or colon and (not index.isdecimal() or int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
         raise ValueError(f"--device {name}: not on this machine, which has {', '.join(there)}")
-    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)  # "cuda" alone is none to set_device
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)  # set_device wants a number
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -431,6 +432,18 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32
     # torch.cuda.is_bf16_supported() says yes on a T4, too, which emulates it slowly
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile is there and gains something: on a GPU that Triton knows."""
+    return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+            and importlib.util.find_spec("triton") is not None)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is not enough memory, of a GPU or of the machine; PyTorch says so in several ways."""
+    told = "out of memory", "enough memory", "allocate memory", "overflow"
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in str(error) for words in told)
 
 
 class Int8Linear(nn.Module):

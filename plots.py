@@ -439,6 +439,8 @@ def main():
                 draw_reading(args.out_dir or default_run("model.pt"), args.attention, args.format)
     except (ValueError, OSError) as error:
         sys.exit(f"plots.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import importlib.util
 import io
 import math
 import os
@@ -31,8 +30,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import (CPU_BATCH, GPT, GPTConfig, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss, save_checkpoint,
-                   side_by_side, split, windows)
+from model import (CPU_BATCH, GPT, GPTConfig, can_compile, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss,
+                   out_of_memory, save_checkpoint, side_by_side, split, windows)
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, MAX_VOCAB, PRETRAINED, BasicTokenizer, atomic_write, read_text
 
 RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt", "metrics.csv", "histograms.npz"}
@@ -43,9 +42,10 @@ PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried 
              "warmup_iters": 50, "lr_decay_iters": None, "min_lr": 0.0, "init_std": 0.02, "dropout": 0.1, "attention_dropout": 0.0,
              "bpe_dropout": 0.1, "train_temperature": 0.85},
 }
-PRESETS["best"] = PRESETS["fast"] | {"max_iters": 3000, "eval_interval": 250, "weight_decay": 0.1, "dropout": 0.3, "bpe_dropout": 0.2}
+PRESETS["best"] = PRESETS["fast"] | {"max_iters": 2250, "eval_interval": 250, "dropout": 0.2, "bpe_dropout": 0.2}
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 TEACHER_SHARE = 0.9  # of a teacher in what the network is to predict; the rest is the token that really came next
+TEACHER_TEMPERATURE = 0.9  # divides its logits, much as --train_temperature divided them when it was trained itself
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list, "device": str, "args": dict,
                 "text": str, "tokenizer": str, "best": float, "seconds": float, "metrics": list}  # and what they are
@@ -94,9 +94,9 @@ def schedule(iteration: int, args: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
-def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor, temperature: float) -> torch.Tensor:
+def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor) -> torch.Tensor:
     """The tokens that come next, (B, T) int64, as probabilities (B, T, V): mostly what a teacher expects (Hinton et al. 2015)."""
-    probs = (teacher(idx)[0].float() / temperature).softmax(-1) * TEACHER_SHARE
+    probs = (teacher(idx)[0].float() / TEACHER_TEMPERATURE).softmax(-1) * TEACHER_SHARE
     return probs.scatter_add_(2, targets[..., None], torch.full_like(probs[..., :1], 1 - TEACHER_SHARE))
 
 
@@ -171,7 +171,7 @@ def load_last(out_dir: Path) -> dict:
     for name in "last.pt", "last.pt.new", "last.pt.old":
         try:
             last = load_checkpoint(out_dir / name)
-            if not all(type(last.get(name)) is kind for name, kind in LAST_ENTRIES.items()):
+            if not all(type(last.get(key)) is kind for key, kind in LAST_ENTRIES.items()):
                 raise ValueError(f"{out_dir / name} holds no training to resume")
         except (ValueError, OSError) as error:  # a training that saves just now may have renamed it meanwhile
             errors.append(error)
@@ -226,9 +226,7 @@ class Trainer:
         self.dtype = choose_dtype(args.dtype, self.device)
         if args.compile and self.device.type != "cuda":
             raise ValueError("--compile is for CUDA: it gains nothing elsewhere")
-        can_compile = (self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (7, 0)
-                       and importlib.util.find_spec("triton") is not None)
-        self.compiled = can_compile if args.compile is None else args.compile
+        self.compiled = can_compile(self.device) if args.compile is None else args.compile
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         if args.batch_size % self.world_size:
             raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it a multiple of {self.world_size} processes")
@@ -265,6 +263,8 @@ class Trainer:
     def join_others(self) -> None:
         """Meets the other processes that torchrun started, each on a GPU of its own or on the CPU."""
         gpu = choose_device(self.args.device).type == "cuda"
+        if gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started more processes than there are GPUs: use --nproc_per_node {torch.cuda.device_count()}")
         self.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu")
         if gpu:
             torch.cuda.set_device(self.device)
@@ -314,16 +314,16 @@ class Trainer:
     def training_tokens(self) -> torch.Tensor:
         """The training text as tokens (N,); with --bpe_dropout it is spelled in other tokens on each pass over it.
 
-        The dropout falls with the learning rate, as in the end the text will be spelled in one way alone.
+        The dropout follows the learning rate, down to 0 with it, as in the end the text will be spelled in one way alone.
         """
         args, n = self.args, len(self.data["train"])
         if not args.bpe_dropout:
             return self.data["train"]
-        number = self.iteration * args.batch_size * args.block_size // n
-        if self.spelled[0] != number:
-            rng = np.random.default_rng([args.seed, number])  # of its own for each pass, so that resuming repeats it
-            dropout = args.bpe_dropout * schedule(number * n // (args.batch_size * args.block_size), args)
-            self.spelled = number, self.on_device(self.tokenizer.encode_array(self.train_text, dropout, rng))
+        epoch = self.iteration * args.batch_size * args.block_size // n
+        if self.spelled[0] != epoch:
+            rng = np.random.default_rng([args.seed, epoch])  # of its own for each pass, so that resuming repeats it
+            dropout = args.bpe_dropout * schedule(epoch * n // (args.batch_size * args.block_size), args)
+            self.spelled = epoch, self.on_device(self.tokenizer.encode_array(self.train_text, dropout, rng))
         return self.spelled[1]
 
     def restore(self, last: dict) -> None:
@@ -427,8 +427,8 @@ class Trainer:
                 with self.autocast:
                     idx, targets = windows(data, part, args.block_size)
                     if self.teachers:  # in turn, which is as good as asking all and taking the mean: the loss is linear in it
-                        number = self.iteration + self.rank * len(parts) + i
-                        targets = soften(targets, self.teachers[number % len(self.teachers)], idx, args.train_temperature)
+                        turn = self.iteration + self.rank * len(parts) + i
+                        targets = soften(targets, self.teachers[turn % len(self.teachers)], idx)
                     loss = self.step_model(idx, targets, args.train_temperature)[1] * (len(part) / len(mine))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -509,7 +509,8 @@ class Trainer:
         hooks = [block.ffwd.relu.register_forward_hook(lambda module, inputs, output: outputs.append(output))
                  for block in self.model.blocks]
         self.model.eval()
-        some = min(64, math.ceil(self.args.batch_size / (self.args.gradient_accumulation_steps or 1)))  # no more than a step takes
+        at_once = self.args.batch_size / self.world_size / (self.args.gradient_accumulation_steps or 1)  # as a GPU has room for that
+        some = min(64, math.ceil(at_once))
         loss = self.model(*windows(self.data["train"], self.starts["train"][:some], self.args.block_size))[1]
         gradients = torch.autograd.grad(loss, outputs)
         self.model.train()
@@ -576,8 +577,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     files.add_argument("--data_path", type=absolute, default=DEFAULT_TEXT, help="any UTF-8 text (default data/input.txt: Tiny Shakespeare)")
     files.add_argument("--out_dir", type=Path, default=CHECKPOINTS, help="folder for all a run makes (default checkpoints/)")
     files.add_argument("--preset", choices=PRESETS, default="reference",
-                       help="values for the flags not given: of the published run (reference, the default), of one that gets as far "
-                            "in 600 iterations (fast), or of the one that gets farthest (best)")
+                       help="values for the flags not given: of the published run (reference, the default), of one that is better "
+                            "after 600 iterations (fast), or of the one that gets farthest (best)")
     files.add_argument("--teacher", type=lambda path: str(absolute(path)), nargs="+", default=[], metavar="MODEL.PT",
                        help="learn from what these networks, trained with the same tokenizer, expect, too (default: from the text alone)")
     files.add_argument("--resume", action="store_true", help="go on from last.pt in --out_dir, with its flags unless given anew")
@@ -605,8 +606,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "muon_lr", 0.0, 0, "step size of Muon, which then trains the matrices in the blocks; 0: AdamW trains all")
     flag(training, "init_std", 0.0, 0, "standard deviation of the initial matrices; 0: PyTorch's default initialisation")
     flag(training, "bpe_dropout", 0.0, 0, "share of merges left out when the training text is cut into tokens, anew on each pass; less than 1")
-    flag(training, "train_temperature", 1.0, 0.1, "divides the logits, and those of a --teacher, in the loss of training alone, not where "
-                                                  "it is measured; below 1 the network ends up less sure of itself")
+    flag(training, "train_temperature", 1.0, 0.1, "divides the logits in the loss of training alone, not where it is measured; below 1 the "
+                                                  "network ends up less sure of itself")
     flag(training, "grad_clip", 0.0, 0, "largest norm of the gradient; 0: any")
     flag(training, "seed", 1337, 0, "of initialisation, batches and dropout")
     flag(training, "eval_interval", 500, 1, "iterations between two evaluations")
@@ -698,10 +699,11 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except (MemoryError, RuntimeError) as error:
-        told = "out of memory", "enough memory", "allocate memory", "overflow"
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in told):
-            raise
-        sys.exit("train.py: not enough memory: use a smaller --batch_size, --block_size, --n_embd, --n_layer or --eval_iters, or another "
-                 "--device")
+        if out_of_memory(error):
+            sys.exit("train.py: not enough memory: use a smaller --batch_size, --block_size, --n_embd, --n_layer or --eval_iters, or another "
+                     "--device")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit("train.py: torch.compile failed, as it does where there is no C compiler: train with --no-compile")
+        raise
     except KeyboardInterrupt:  # before training began, or the second one
         sys.exit(128 + signal.SIGINT)

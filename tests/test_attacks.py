@@ -892,7 +892,7 @@ BOUNDS = {
     "tokenizer vocab": {"out_dir": ANY, "data_path": ANY},
     "bench tokenizer": {"data_path": ANY, "repeats": FROM_1, "megabytes": (["1", "1,10"], ["0", "1,,2", "1,-1", *WHOLE])},
     "bench train": {"repeats": FROM_1, "batch_size": FROM_1, "device": ANY}, "bench sample": {"repeats": FROM_1, "device": ANY},
-    "bench quantize": {"repeats": FROM_1, "out_dir": ANY, "data_path": ANY},
+    "bench quantize": {"repeats": FROM_1, "out_dir": ANY, "data_path": ANY}, "bench loss": {"out_dir": ANY, "data_path": ANY},
 }
 SWITCHES = {"train": ["resume", "compile", "no-compile"], "tokenizer train": ["verbose"]}
 
@@ -930,6 +930,30 @@ def test_every_flag_at_below_and_above_its_bounds(command, monkeypatch, capsys):
                                    ["--n_embd", str(10**18)]])
 def test_more_than_the_memory_is_one_line(tiny_text, tmp_path, flags):
     assert "not enough memory" in complaint(run("train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path, "--max_iters", 1, *flags))
+
+
+def test_more_samples_than_the_memory_holds_are_one_line():
+    def with_8_gb():
+        resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+
+    process = run("generate.py", "--out_dir", tokenizer.PRETRAINED, "--device", "cpu", "--num_samples", 2**16, preexec_fn=with_8_gb)
+    using, refused = process.stderr.splitlines()
+    assert process.returncode == 1 and using.startswith("using ") and "not enough memory: use a smaller --num_samples" in refused
+
+
+def test_a_network_that_cannot_be_compiled_is_one_line(tiny_text, tmp_path):
+    script = f"""
+import os, sys, torch
+sys.argv = ["train.py", *{TINY}, "--data_path", {str(tiny_text)!r}, "--out_dir", {str(tmp_path)!r}, "--max_iters", "1"]
+sys.path.insert(0, {str(ROOT)!r})
+import runpy, model
+model.can_compile = lambda device: True
+os.environ["CXX"] = "no-such-compiler"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = {str(tmp_path / "cache")!r}
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 1 and process.stderr.splitlines()[-1].startswith("train.py: torch.compile failed")
 
 
 @attack
