@@ -171,7 +171,8 @@ def load_last(out_dir: Path) -> dict:
     for name in "last.pt", "last.pt.new", "last.pt.old":
         try:
             last = load_checkpoint(out_dir / name)
-            if not all(type(last.get(key)) is kind for key, kind in LAST_ENTRIES.items()):
+            whole = all(type(last.get(key)) is kind for key, kind in LAST_ENTRIES.items())
+            if not whole or any(isinstance(value, torch.Tensor) for value in last["args"].values()):
                 raise ValueError(f"{out_dir / name} holds no training to resume")
         except (ValueError, OSError) as error:  # a training that saves just now may have renamed it meanwhile
             errors.append(error)
