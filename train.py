@@ -45,7 +45,7 @@ PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried 
 PRESETS["best"] = PRESETS["fast"] | {"max_iters": 2250, "eval_interval": 250, "dropout": 0.2, "bpe_dropout": 0.2}
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 TEACHER_SHARE = 0.9  # of a teacher in what the network is to predict; the rest is the token that really came next
-TEACHER_TEMPERATURE = 0.9  # divides its logits, much as --train_temperature divided them when it was trained itself
+TEACHER_TEMPERATURE = 0.9  # divides its logits; a little more than 0.85, as the network is to end up less sure of itself than it
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list, "device": str, "args": dict,
                 "text": str, "tokenizer": str, "best": float, "seconds": float, "metrics": list}  # and what they are
@@ -579,7 +579,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     files.add_argument("--out_dir", type=Path, default=CHECKPOINTS, help="folder for all a run makes (default checkpoints/)")
     files.add_argument("--preset", choices=PRESETS, default="reference",
                        help="values for the flags not given: of the published run (reference, the default), of one that is better "
-                            "after 600 iterations (fast), or of the one that gets farthest (best)")
+                            "after 600 iterations (fast), or of the one that gets farthest with a --teacher (best)")
     files.add_argument("--teacher", type=lambda path: str(absolute(path)), nargs="+", default=[], metavar="MODEL.PT",
                        help="learn from what these networks, trained with the same tokenizer, expect, too (default: from the text alone)")
     files.add_argument("--resume", action="store_true", help="go on from last.pt in --out_dir, with its flags unless given anew")

@@ -943,7 +943,7 @@ def test_more_samples_than_the_memory_holds_are_one_line():
 
 def test_a_network_that_cannot_be_compiled_is_one_line(tiny_text, tmp_path):
     script = f"""
-import os, sys, torch
+import os, sys
 sys.argv = ["train.py", *{TINY}, "--data_path", {str(tiny_text)!r}, "--out_dir", {str(tmp_path)!r}, "--max_iters", "1"]
 sys.path.insert(0, {str(ROOT)!r})
 import runpy, model
