@@ -106,12 +106,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0
 
     `dropout` is the probability with which each attention weight is dropped.
     """
-    if q.device.type == "cpu":
-        return attend_in_pieces(q, k, v, dropout)
+    return attend_in_pieces(q, k, v, dropout) if q.device.type == "cpu" else attend_fused(q, k, v, dropout)
+
+
+def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    """`attend` on a GPU, whose fused kernels want a multiple of 8 channels: zeros change neither scores nor values."""
     D = q.shape[-1]
-    if q.device.type == "cuda" and D % 8:
-        # the fused kernels for half precision want a multiple of 8 channels; zeros change neither scores nor values
-        q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
+    q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=D ** -0.5)[..., :D]
 
 
@@ -232,7 +233,8 @@ class GPT(nn.Module):
 
         temperature divides the logits (0 always takes the likeliest token); top_k keeps the k likeliest tokens, top_p the
         likeliest whose probabilities reach p together (Holtzman et al. 2020). Each row has a random stream of its own,
-        made from seed and the row's number; without a seed every call differs. Only the last block_size tokens of idx count.
+        made from seed and the row's number, so that, up to rounding, it does not depend on how many rows there are; without a seed every
+        call differs. Only the last block_size tokens of idx count.
         Raises ValueError if idx holds none.
         """
         if idx.shape[1] == 0:
@@ -442,7 +444,7 @@ def can_compile(device: torch.device) -> bool:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that there is not enough memory, of a GPU or of the machine; PyTorch says so in several ways."""
-    told = "out of memory", "enough memory", "allocate memory", "overflow"
+    told = "out of memory", "enough memory", "allocate memory", "calculation overflowed"
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in str(error) for words in told)
 
 
@@ -568,6 +570,14 @@ def check_pickle(data: bytes) -> None:
             raise ValueError("not what torch.save makes of a checkpoint")
 
 
+class NoInit(torch.overrides.TorchFunctionMode):
+    """While it is on, new modules draw no weights: on the meta device that would import much of PyTorch, for two seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) != "torch.nn.init":
+            return function(*args, **(kwargs or {}))
+
+
 def load_model(path: Path, fingerprint: str | None = None, vocab_size: int | None = None) -> tuple[GPT, dict]:
     """Reads the network in a checkpoint. Returns it, on the CPU and in eval mode, and the checkpoint's other entries.
 
@@ -592,7 +602,7 @@ def load_model(path: Path, fingerprint: str | None = None, vocab_size: int | Non
             raise ValueError("more weights than the file holds")
         if not all(w.dtype == torch.int8 or w.dtype == torch.float32 and w.isfinite().all() for w in weights.values()):
             raise ValueError("weights that are not finite numbers")
-        with torch.device("meta"):  # allocates nothing, so that a config cannot ask for more than the file holds
+        with torch.device("meta"), NoInit():  # allocates nothing, so that a config cannot ask for more than the file holds
             model = GPT(config)
         if int8:
             use_int8(model, weights)

@@ -45,7 +45,6 @@ PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried 
 PRESETS["best"] = PRESETS["fast"] | {"max_iters": 2250, "eval_interval": 250, "dropout": 0.2, "bpe_dropout": 0.2}
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 TEACHER_SHARE = 0.9  # of a teacher in what the network is to predict; the rest is the token that really came next
-TEACHER_TEMPERATURE = 0.9  # divides its logits; a little more than 0.85, as the network is to end up less sure of itself than it
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list, "device": str, "args": dict,
                 "text": str, "tokenizer": str, "best": float, "seconds": float, "metrics": list}  # and what they are
@@ -94,9 +93,12 @@ def schedule(iteration: int, args: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
-def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """The tokens that come next, (B, T) int64, as probabilities (B, T, V): mostly what a teacher expects (Hinton et al. 2015)."""
-    probs = (teacher(idx)[0].float() / TEACHER_TEMPERATURE).softmax(-1) * TEACHER_SHARE
+def soften(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The tokens that come next, (B, T) int64, as probabilities (B, T, V): mostly what a teacher expects (Hinton et al. 2015).
+
+    The temperature divides the teacher's logits.
+    """
+    probs = (teacher(idx)[0].float() / temperature).softmax(-1) * TEACHER_SHARE
     return probs.scatter_add_(2, targets[..., None], torch.full_like(probs[..., :1], 1 - TEACHER_SHARE))
 
 
@@ -237,9 +239,10 @@ class Trainer:
 
         torch.manual_seed(args.seed)
         self.config = GPTConfig(**{field.name: getattr(args, field.name) for field in fields(GPTConfig)})
-        self.model = GPT(self.config).to(self.device)
+        self.model = GPT(self.config)
         if args.init_std:
             self.model.init_weights(args.init_std)
+        self.model.to(self.device)  # only now, so that the same seed gives the same weights on every device
         self.optimizers = build_optimizers(self.model, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.batches = torch.Generator(self.device).manual_seed(args.seed)  # one for all ranks: each takes its part of a batch
@@ -303,6 +306,9 @@ class Trainer:
         if (entries.get("tokenizer"), teacher.config.vocab_size) != (self.tokenizer.fingerprint, self.args.vocab_size):
             raise ValueError(f"--teacher {path} was trained with another tokenizer than that in {self.args.out_dir}: "
                              "copy merges.pkl and vocab.pkl from its folder into a new --out_dir, and train there with its --vocab_size")
+        if entries.get("text") != self.text_hash:
+            raise ValueError(f"--teacher {path} was trained on another text than {self.args.data_path}, perhaps on what this network is "
+                             "validated on: use a teacher trained on the same text")
         if teacher.config.block_size < self.args.block_size:
             raise ValueError(f"--teacher {path} has a context of {teacher.config.block_size} tokens: "
                              f"use --block_size {teacher.config.block_size}, or another teacher")
@@ -429,7 +435,7 @@ class Trainer:
                     idx, targets = windows(data, part, args.block_size)
                     if self.teachers:  # in turn, which is as good as asking all and taking the mean: the loss is linear in it
                         turn = self.iteration + self.rank * len(parts) + i
-                        targets = soften(targets, self.teachers[turn % len(self.teachers)], idx)
+                        targets = soften(targets, self.teachers[turn % len(self.teachers)], idx, args.teacher_temperature)
                     loss = self.step_model(idx, targets, args.train_temperature)[1] * (len(part) / len(mine))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -459,20 +465,20 @@ class Trainer:
 
     def evaluate(self) -> str:
         """Measures losses and ReLUs, adds a row to the metrics, keeps the weights if they are the best. Returns a line to print."""
-        args, speed = self.args, self.tokens_per_second()
+        args, grad_norm = self.args, self.grad_norm.item()  # waits for a GPU, so that the speed is true
+        speed = self.tokens_per_second()
         loss = {name: self.mean_loss(name) for name in ("train", "val")}
         if not math.isfinite(loss["val"]):
             raise ValueError(self.not_finite("validation loss"))
         per_char = {name: loss[name] * self.tokens_per_char[name] for name in loss}
         relus, histograms = self.inspect_relus() if self.master else ({}, {})
-        tokens_seen = self.iteration * args.batch_size * args.block_size
+        tokens_seen, seconds = self.iteration * args.batch_size * args.block_size, time.monotonic() - self.started
         self.metrics.append({
             "iteration": self.iteration, "tokens_seen": tokens_seen, "epochs": tokens_seen / len(self.data["train"]),
             "train_loss": loss["train"], "val_loss": loss["val"],
             "train_nats_per_char": per_char["train"], "val_nats_per_char": per_char["val"],
             "learning_rate": args.learning_rate * schedule(self.iteration, args),
-            "grad_norm": self.grad_norm.item(),
-            "tokens_per_second": speed, "seconds": time.monotonic() - self.started, **relus})
+            "grad_norm": grad_norm, "tokens_per_second": speed, "seconds": seconds, **relus})
         if self.master:
             self.check_folder()
             save_metrics(args.out_dir, self.metrics, histograms)
@@ -482,7 +488,7 @@ class Trainer:
                 save_checkpoint(args.out_dir / "model.pt", self.checkpoint())
         self.mark = self.iteration, time.monotonic()
         return (f"iteration {self.iteration}: train loss {loss['train']:.4f}, val loss {loss['val']:.4f} nats per token "
-                f"({per_char['train']:.4f}, {per_char['val']:.4f} per character)")
+                f"({per_char['train']:.4f}, {per_char['val']:.4f} per character), {seconds:.0f} s")
 
     def check_folder(self) -> None:
         """Raises OSError if the folder of the run was removed meanwhile: writing would make it anew, but without the tokenizer."""
@@ -609,6 +615,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "bpe_dropout", 0.0, 0, "share of merges left out when the training text is cut into tokens, anew on each pass; less than 1")
     flag(training, "train_temperature", 1.0, 0.1, "divides the logits in the loss of training alone, not where it is measured; below 1 the "
                                                   "network ends up less sure of itself")
+    flag(training, "teacher_temperature", 0.9, 0.1, "divides the logits of a --teacher; a little above --train_temperature the network ends up "
+                                                    "less sure of itself than the teacher")
     flag(training, "grad_clip", 0.0, 0, "largest norm of the gradient; 0: any")
     flag(training, "seed", 1337, 0, "of initialisation, batches and dropout")
     flag(training, "eval_interval", 500, 1, "iterations between two evaluations")
@@ -680,7 +688,8 @@ def main() -> None:
     if master and trainer.stop.requested:
         start = ["python"] if trainer.world_size == 1 else ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
         command = start + [sys.argv[0], "--resume"] + ["--out_dir", str(args.out_dir)] * (args.out_dir != CHECKPOINTS)
-        print(f"stopped and saved at iteration {trainer.iteration}; go on with: {shlex.join(command)}")
+        others = " on each machine, with its --nnodes and --rdzv flags" * (trainer.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        print(f"stopped and saved at iteration {trainer.iteration}; go on with: {shlex.join(command)}{others}")
     elif master:
         model, best = load_model(args.out_dir / "model.pt")
         start = torch.tensor([trainer.tokenizer.encode_array("\n").tolist()])

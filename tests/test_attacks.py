@@ -878,7 +878,7 @@ BOUNDS = {
     | dict.fromkeys(["gradient_accumulation_steps", "warmup_iters", "lr_decay_iters", "eval_iters"],
                     (["0", "1", LARGEST], ["-1", TOO_LARGE, *WHOLE]))
     | dict.fromkeys(["dropout", "attention_dropout", "bpe_dropout", "beta1", "beta2"], SHARE)
-    | {"train_temperature": (["0.1", "1", "1e300"], ["0.09", "0", "-1", "nan", "inf", *REAL])}
+    | dict.fromkeys(["train_temperature", "teacher_temperature"], (["0.1", "1", "1e300"], ["0.09", "0", "-1", "nan", "inf", *REAL]))
     | dict.fromkeys(["learning_rate", "min_lr", "weight_decay", "muon_lr", "init_std", "grad_clip"], POSITIVE),
     "generate": {"prompt": ANY, "prompt_file": ANY, "out_dir": ANY, "checkpoint": ANY, "out": ANY, "device": ANY, "max_new_tokens": FROM_1,
                  "temperature": POSITIVE, "top_k": FROM_1, "seed": FROM_0,

@@ -1,6 +1,7 @@
 """The network: same function as the textbook's, cache equals no cache, sampling follows the softmax, checkpoints are safe."""
 import math
 import pickle
+import subprocess
 import sys
 import zipfile
 from dataclasses import asdict
@@ -15,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import model as model_module
-from model import (Decoder, GPT, GPTConfig, Int8Linear, attend, keep_mask, load_checkpoint, load_model, mean_loss,
+from model import (Decoder, GPT, GPTConfig, Int8Linear, attend, attend_fused, keep_mask, load_checkpoint, load_model, mean_loss,
                    quantize_dynamic, sample, save_checkpoint, side_by_side, split, windows)
 from textbook_gpt import TextbookGPT, copy_weights
 
@@ -142,12 +143,12 @@ def test_attention_with_dropout_is_attention_whose_weights_are_dropped(monkeypat
 
 
 def test_padding_a_head_with_zeros_changes_nothing():
-    # what `attend` does on a GPU, whose fused kernels want a multiple of 8 channels
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 6, 32, 38).unbind()
-    padded = F.scaled_dot_product_attention(*(F.pad(t, (0, 2)) for t in (q, k, v)), is_causal=True, scale=38 ** -0.5)
-    torch.testing.assert_close(padded[..., :-2], attend(q, k, v))
-    assert not padded[..., -2:].any()
+    fused, expected = attend_fused(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert fused.shape == q.shape
+    torch.testing.assert_close(fused, expected)
+    torch.testing.assert_close(attend(q, k, v), expected)
 
 
 # sampling
@@ -336,6 +337,12 @@ def test_a_checkpoint_brings_back_the_network(small, tmp_path):
     assert torch.equal(loaded(idx)[0], small(idx)[0]) and rest["iteration"] == 5 and not loaded.training
     again = GPT(GPTConfig(**load_checkpoint(tmp_path / "model.pt")["config"]))
     again.load_state_dict(load_checkpoint(tmp_path / "model.pt")["model"])  # the form that is documented
+
+
+def test_a_checkpoint_is_loaded_without_importing_the_compiler(small, tmp_path):  # which takes two seconds
+    save(tmp_path / "model.pt", small)
+    program = "import sys, model; model.load_model(sys.argv[1]); sys.exit('sympy' in sys.modules or 'torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt"], cwd=HERE.parent).returncode == 0
 
 
 def test_an_int8_checkpoint_brings_back_the_same_logits(small, tmp_path):

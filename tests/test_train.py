@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, complaint, run
 import train as script
 from model import GPT, GPTConfig, choose_device, load_checkpoint, load_model
 from tokenizer import PRETRAINED
-from train import PRESETS, TEACHER_SHARE, TEACHER_TEMPERATURE, Trainer, parse_args, schedule, soften
+from train import PRESETS, TEACHER_SHARE, Trainer, parse_args, schedule, soften
 
 
 def train(folder, text, *args, **options):
@@ -138,8 +138,8 @@ def test_a_training_temperature_changes_the_training_and_not_the_measure(tiny_te
 def test_what_a_teacher_expects_is_mixed_with_what_came(finished_run):
     teacher, _ = load_model(finished_run / "model.pt")
     idx = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(1))
-    soft = soften(idx, teacher, idx)
-    expected = TEACHER_SHARE * (teacher(idx)[0] / TEACHER_TEMPERATURE).softmax(-1) + (1 - TEACHER_SHARE) * torch.nn.functional.one_hot(idx, 300)
+    soft = soften(idx, teacher, idx, temperature=0.5)
+    expected = TEACHER_SHARE * (teacher(idx)[0] / 0.5).softmax(-1) + (1 - TEACHER_SHARE) * torch.nn.functional.one_hot(idx, 300)
     torch.testing.assert_close(soft, expected)
     student = GPT(GPTConfig(vocab_size=300, block_size=16, n_embd=8, n_head=1, n_layer=1)).eval()
     logits, loss = student(idx, soft)
@@ -151,7 +151,7 @@ def test_teachers_take_turns(tiny_text, finished_run, tmp_path, monkeypatch):
     for name in "abc":
         shutil.copy(finished_run / "model.pt", tmp_path / name)
     asked = []
-    monkeypatch.setattr(script, "soften", lambda targets, teacher, idx: asked.append(teacher) or soften(targets, teacher, idx))
+    monkeypatch.setattr(script, "soften", lambda targets, teacher, *rest: asked.append(teacher) or soften(targets, teacher, *rest))
     monkeypatch.setattr(script, "Stop", lambda: None)  # this process keeps its signals
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--data_path", str(tiny_text), "--out_dir", str(tmp_path / "run"),
                                       "--gradient_accumulation_steps", "4", "--teacher", *(str(tmp_path / name) for name in "abc")])
@@ -186,6 +186,20 @@ def test_a_teacher_that_cannot_teach_is_refused(tiny_text, tiny_run, finished_ru
     run("quantize.py", "--checkpoint", finished_run / "model.pt", "--out", tmp_path / "model_int8.pt")
     assert "is int8: name the model.pt" in complaint(train(tmp_path / "c", tiny_text, "--teacher", tmp_path / "model_int8.pt"))
     assert "lies in --out_dir" in complaint(train(tiny_run, tiny_text, "--teacher", tiny_run / "model.pt"), status=2)
+    for name in "merges.pkl", "vocab.pkl":
+        (tmp_path / "d").mkdir(exist_ok=True)
+        shutil.copy(finished_run / name, tmp_path / "d" / name)
+    text = tiny_text.read_bytes()
+    (tmp_path / "turned.txt").write_bytes(text[len(text) // 5:] + text[:len(text) // 5])  # what it is validated on, the teacher was trained on
+    assert "was trained on another text" in complaint(train(tmp_path / "d", tmp_path / "turned.txt", *teacher))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [["--dtype", "float32", "--no-compile"], ["--dtype", "float16"], ["--dtype", "float16", "--preset", "fast"], []])
+def test_a_gpu_trains_and_resumes(tiny_text, tmp_path, flags):
+    train(tmp_path, tiny_text, "--device", "cuda", "--n_embd", 228, "--n_head", 6, "--max_iters", 20, "--eval_interval", 10, *flags)
+    assert run("train.py", "--resume", "--out_dir", tmp_path, "--max_iters", 30).returncode == 0
+    assert losses(tmp_path)[30][1] < losses(tmp_path)[0][1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
