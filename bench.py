@@ -196,7 +196,7 @@ def bench_train(args):
 
 
 def bench_sample(args):
-    """Tokens a second, in turn: of one stream from a full context on, and of 64 from a single token up to a full context."""
+    """Tokens a second, in turn: of one stream, 1,000 and 10,000 past a full context, and of 64 from a single token up to a full context."""
     import torch
 
     from model import GPT, GPTConfig, choose_device
@@ -209,6 +209,7 @@ def bench_sample(args):
     prompt = torch.randint(config.vocab_size, (1, config.block_size), device=device)
     samplers = {"textbook": (lambda: textbook.generate(prompt, 60).tolist(), 60),  # tolist waits for a GPU
                 "ours, one stream": (lambda: network.generate(prompt, 1000).tolist(), 1000),
+                "ours, ten times as long": (lambda: network.generate(prompt, 10_000).tolist(), 10_000),
                 "ours, 64 streams": (lambda: network.generate(prompt[:, :1].expand(64, -1), 255).tolist(), 64 * 255)}
     with contextlib.suppress(ImportError):
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -220,7 +221,7 @@ def bench_sample(args):
     times = alternate([run for run, _ in samplers.values()], args.repeats)
     rates = {name: count / time_ for (name, (_, count)), time_ in zip(samplers.items(), times)}
     for name, rate in rates.items():
-        print(f"{name:20}{rate:10,.0f} tokens/s{rate / rates['textbook']:8.1f} times the textbook")
+        print(f"{name:24}{rate:10,.0f} tokens/s{rate / rates['textbook']:8.1f} times the textbook")
 
 
 def bench_loss(args):
