@@ -112,7 +112,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0
 def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
     """`attend` on a GPU, whose fused kernels want a multiple of 8 channels: zeros change neither scores nor values."""
     D = q.shape[-1]
-    q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
+    if D % 8:
+        q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=D ** -0.5)[..., :D]
 
 

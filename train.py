@@ -40,7 +40,7 @@ PRESETS = {  # values of flags (lr_decay_iters None: max_iters); what was tried 
     "reference": {},
     "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.4,
              "warmup_iters": 50, "lr_decay_iters": None, "min_lr": 0.0, "init_std": 0.02, "dropout": 0.1, "attention_dropout": 0.0,
-             "bpe_dropout": 0.1, "train_temperature": 0.85},
+             "bpe_dropout": 0.1, "train_temperature": 0.85, "teacher_temperature": 0.9},
 }
 PRESETS["best"] = PRESETS["fast"] | {"max_iters": 2250, "eval_interval": 250, "dropout": 0.2, "bpe_dropout": 0.2}
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
@@ -585,7 +585,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     files.add_argument("--out_dir", type=Path, default=CHECKPOINTS, help="folder for all a run makes (default checkpoints/)")
     files.add_argument("--preset", choices=PRESETS, default="reference",
                        help="values for the flags not given: of the published run (reference, the default), of one that is better "
-                            "after 600 iterations (fast), or of the one that gets farthest with a --teacher (best)")
+                            "after 600 iterations (fast), or of one that gets farther, above all with a --teacher (best)")
     files.add_argument("--teacher", type=lambda path: str(absolute(path)), nargs="+", default=[], metavar="MODEL.PT",
                        help="learn from what these networks, trained with the same tokenizer, expect, too (default: from the text alone)")
     files.add_argument("--resume", action="store_true", help="go on from last.pt in --out_dir, with its flags unless given anew")
@@ -615,7 +615,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "bpe_dropout", 0.0, 0, "share of merges left out when the training text is cut into tokens, anew on each pass; less than 1")
     flag(training, "train_temperature", 1.0, 0.1, "divides the logits in the loss of training alone, not where it is measured; below 1 the "
                                                   "network ends up less sure of itself")
-    flag(training, "teacher_temperature", 0.9, 0.1, "divides the logits of a --teacher; a little above --train_temperature the network ends up "
+    flag(training, "teacher_temperature", 1.0, 0.1, "divides the logits of a --teacher; a little above --train_temperature the network ends up "
                                                     "less sure of itself than the teacher")
     flag(training, "grad_clip", 0.0, 0, "largest norm of the gradient; 0: any")
     flag(training, "seed", 1337, 0, "of initialisation, batches and dropout")

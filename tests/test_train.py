@@ -197,7 +197,8 @@ def test_a_teacher_that_cannot_teach_is_refused(tiny_text, tiny_run, finished_ru
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("flags", [["--dtype", "float32", "--no-compile"], ["--dtype", "float16"], ["--dtype", "float16", "--preset", "fast"], []])
 def test_a_gpu_trains_and_resumes(tiny_text, tmp_path, flags):
-    train(tmp_path, tiny_text, "--device", "cuda", "--n_embd", 228, "--n_head", 6, "--max_iters", 20, "--eval_interval", 10, *flags)
+    gpu = "--device", "cuda", "--n_embd", 228, "--n_head", 6
+    assert train(tmp_path, tiny_text, *gpu, "--max_iters", 20, "--eval_interval", 10, *flags).returncode == 0
     assert run("train.py", "--resume", "--out_dir", tmp_path, "--max_iters", 30).returncode == 0
     assert losses(tmp_path)[30][1] < losses(tmp_path)[0][1]
 
