@@ -77,7 +77,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, metavar="N", help="sample among the N likeliest tokens only (default: all)")
     parser.add_argument("--top_p", type=float, metavar="X",
                         help="sample among the likeliest tokens that have probability X together (default: all)")
-    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts to sample side by side, printed when all are done (default 1)")
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N",
+                        help="texts to sample side by side, printed when all are done (default 1)")
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: another each time)")
     parser.add_argument("--out_dir", type=Path, help="folder of the run (default checkpoints/, or the pretrained network's if it holds none)")
     parser.add_argument("--checkpoint", type=Path, help="weights to use, float or int8 (default: model.pt in --out_dir)")

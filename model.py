@@ -572,7 +572,7 @@ def check_pickle(data: bytes) -> None:
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """While it is on, new modules draw no weights: on the meta device that would import much of PyTorch, for two seconds."""
+    """While it is on, new modules draw no weights: on the meta device that would import much of PyTorch, for a second or two."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) != "torch.nn.init":

@@ -339,7 +339,7 @@ def test_a_checkpoint_brings_back_the_network(small, tmp_path):
     again.load_state_dict(load_checkpoint(tmp_path / "model.pt")["model"])  # the form that is documented
 
 
-def test_a_checkpoint_is_loaded_without_importing_the_compiler(small, tmp_path):  # which takes two seconds
+def test_a_checkpoint_is_loaded_without_importing_the_compiler(small, tmp_path):  # which takes a second or two
     save(tmp_path / "model.pt", small)
     program = "import sys, model; model.load_model(sys.argv[1]); sys.exit('sympy' in sys.modules or 'torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt"], cwd=HERE.parent).returncode == 0
