@@ -472,7 +472,8 @@ class Trainer:
             raise ValueError(self.not_finite("validation loss"))
         per_char = {name: loss[name] * self.tokens_per_char[name] for name in loss}
         relus, histograms = self.inspect_relus() if self.master else ({}, {})
-        tokens_seen, seconds = self.iteration * args.batch_size * args.block_size, time.monotonic() - self.started
+        tokens_seen = self.iteration * args.batch_size * args.block_size
+        seconds = time.monotonic() - self.started
         self.metrics.append({
             "iteration": self.iteration, "tokens_seen": tokens_seen, "epochs": tokens_seen / len(self.data["train"]),
             "train_loss": loss["train"], "val_loss": loss["val"],

@@ -186,8 +186,8 @@ def test_a_teacher_that_cannot_teach_is_refused(tiny_text, tiny_run, finished_ru
     run("quantize.py", "--checkpoint", finished_run / "model.pt", "--out", tmp_path / "model_int8.pt")
     assert "is int8: name the model.pt" in complaint(train(tmp_path / "c", tiny_text, "--teacher", tmp_path / "model_int8.pt"))
     assert "lies in --out_dir" in complaint(train(tiny_run, tiny_text, "--teacher", tiny_run / "model.pt"), status=2)
+    (tmp_path / "d").mkdir()
     for name in "merges.pkl", "vocab.pkl":
-        (tmp_path / "d").mkdir(exist_ok=True)
         shutil.copy(finished_run / name, tmp_path / "d" / name)
     text = tiny_text.read_bytes()
     (tmp_path / "turned.txt").write_bytes(text[len(text) // 5:] + text[:len(text) // 5])  # what it is validated on, the teacher was trained on
