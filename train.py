@@ -367,6 +367,8 @@ class Trainer:
             weights = [p for group in optimizer.param_groups for p in group["params"]]
             if any(value.shape not in (weights[number].shape, ()) for number, values in state["state"].items() for value in values.values()):
                 raise ValueError("moments of other weights")
+            if any(values.keys() != state["state"][0].keys() for values in state["state"].values()):
+                raise ValueError("a moment that is missing")
             optimizer.load_state_dict(state)
             for group, flags in zip(optimizer.param_groups, asked):
                 group |= flags
