@@ -1,6 +1,6 @@
 """Benchmarks: what is compared runs in turn, in one process, and medians are reported.
 
-    python bench.py tokenizer                          # against the textbook algorithm: three minutes
+    python bench.py tokenizer                          # against the textbook algorithm: a minute or two
     python bench.py tokenizer --megabytes 1,10,100     # time and memory against the size of the text
     python bench.py train                              # an iteration, against the textbook network's
     python bench.py sample                             # tokens a second, against the textbook sampler and Hugging Face's
@@ -13,7 +13,6 @@ import contextlib
 import copy
 import io
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -44,6 +43,12 @@ def alternate(functions, repeats, often=None):
         for function, times_of_it, n in zip(functions, times, often or [1] * len(functions)):
             times_of_it.extend(seconds(function) for _ in range(n))
     return [statistics.median(times_of_it) for times_of_it in times]
+
+
+def peak_memory():
+    """The most memory this process has held so far, in bytes."""
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---------------------------------------------------------------------------- tokenizer
@@ -120,20 +125,11 @@ def measure_size(data_path, megabytes):
         tokenizer, text = train_quietly(data_path, 500), read_text(path)
         encode = seconds(lambda: tokenizer.encode_array(text))
         tokens = len(tokenizer.encode_array(text))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"| {megabytes} MB | {train:.2f} s | {megabytes / train:.1f} MB/s | {encode:.2f} s | "
-          f"{megabytes / encode:.1f} MB/s | {tokens:,} | {peak / 1e6:,.0f} MB |")
+          f"{megabytes / encode:.1f} MB/s | {tokens:,} | {peak_memory() / 1e6:,.0f} MB |")
 
 
 # ---------------------------------------------------------------------------- network
-
-
-def peak_memory(device):
-    """Bytes: the most this process has held so far, or on a GPU its tensors since the last reset."""
-    import torch
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def bench_train(args):
@@ -175,7 +171,7 @@ def bench_train(args):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             run()
-            memory[name] = peak_memory(device)
+            memory[name] = torch.cuda.max_memory_allocated(device)
     times = dict(zip(runs, alternate(list(runs.values()), args.repeats)))
 
     network = GPT(config)
@@ -192,7 +188,7 @@ def bench_train(args):
         print(f"{name:18}{time_:8.4f} s {1 / time_:8.2f} iterations/s {tokens / time_:10,.0f} tokens/s {flops / time_ / 1e9:9,.0f} GFLOP/s"
               f"  ({flops / time_ / peak:4.0%} of {peak / 1e9:,.0f}){held}   {times['textbook, float32'] / time_:.2f} times the textbook")
     if not memory:
-        print(f"peak memory of the process, all networks in it: {peak_memory(device) / 1e9:.2f} GB")
+        print(f"peak memory of the process, all networks in it: {peak_memory() / 1e9:.2f} GB")
 
 
 def bench_sample(args):

@@ -18,7 +18,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from tokenizer import atomic_write, default_run
+from tokenizer import atomic_write, default_run, visible
 
 MAX_TOKENS = 40  # whose attention can be told apart in a picture
 MAX_BYTES = 2**24  # both files are some kilobytes; anything near this is not one of ours
@@ -148,9 +148,7 @@ def read_text_with_network(out_dir, text):
 
 def label(spelling):
     """A token's bytes as something to print: b"e " -> "e␣", a line end as an arrow, other bytes in hexadecimal."""
-    text = spelling.decode("utf-8", errors="backslashreplace")
-    text = text.replace(" ", "␣").replace("\n", "↵")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return visible(spelling.replace(b" ", "␣".encode()).replace(b"\n", "↵".encode()))
 
 
 # ---- what compares with the published run ---------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # the samples, whatever the terminal can show
     args = parse_args()
     out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else default_run("model.pt"))
     path, out = args.checkpoint or out_dir / "model.pt", args.out or out_dir / "model_int8.pt"

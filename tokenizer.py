@@ -542,8 +542,10 @@ def parse_args():
     def command(function, summary, with_text=False, with_data=False):
         sub = commands.add_parser(function.__name__, help=summary, description=summary)
         sub.set_defaults(function=function, error=sub.error)
-        sub.add_argument("--out_dir", type=Path, default=CHECKPOINTS, metavar="FOLDER",
-                         help="folder of merges.pkl and vocab.pkl (default: checkpoints/ beside this script)")
+        folder, others = (CHECKPOINTS, "") if function is train else (
+            default_run(MERGES_FILE), ", or the pretrained network's if it holds none")
+        sub.add_argument("--out_dir", type=Path, default=folder, metavar="FOLDER",
+                         help=f"folder of merges.pkl and vocab.pkl (default: checkpoints/{others})")
         if with_text:
             sub.add_argument("text", nargs="?", help="text (default: standard input)")
         if with_data:
@@ -567,6 +569,7 @@ def parse_args():
 
 
 def main():
+    sys.stdout.reconfigure(errors="replace")  # tokens, whatever the terminal can show
     args = parse_args()
     try:
         args.function(args)

@@ -530,7 +530,7 @@ class Trainer:
         for layer, (out, grad) in enumerate(zip(outputs, gradients), 1):
             stats |= {f"relu{layer}_mean": out.mean().item(), f"relu{layer}_std": out.std().item(),
                       f"relu{layer}_zeros": (out == 0).float().mean().item(),
-                      f"relu{layer}_dead": (out == 0).flatten(0, -2).all(0).float().mean().item(),
+                      f"relu{layer}_dead": (out == 0).all(0).float().mean().item(),
                       f"relu{layer}_grad_mean": grad.mean().item(), f"relu{layer}_grad_std": grad.std().item()}
         for name, tensors in ("relu", outputs), ("relu_grad", gradients):
             counts, edges = zip(*(histogram(t.detach()) for t in tensors))
@@ -615,7 +615,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "beta2", 0.999, 0, "AdamW's decay rate of the second moment, less than 1")
     flag(training, "muon_lr", 0.0, 0, "step size of Muon, which then trains the matrices in the blocks; 0: AdamW trains all")
     flag(training, "init_std", 0.0, 0, "standard deviation of the initial matrices; 0: PyTorch's default initialisation")
-    flag(training, "bpe_dropout", 0.0, 0, "share of merges left out when the training text is cut into tokens, anew on each pass; less than 1")
+    flag(training, "bpe_dropout", 0.0, 0, "share of merges left out when the training text is cut into tokens, anew on each pass; "
+                                      "it follows the learning rate; less than 1")
     flag(training, "train_temperature", 1.0, 0.1, "divides the logits in the loss of training alone, not where it is measured; below 1 the "
                                                   "network ends up less sure of itself")
     flag(training, "teacher_temperature", 1.0, 0.1, "divides the logits of a --teacher; a little above --train_temperature the network ends up "
@@ -673,7 +674,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file has every line at once
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # every line at once; a sample, whatever the terminal can show
     args, last = parse_args()
     master = int(os.environ.get("RANK", 0)) == 0
     if master:

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ def complaint(process, status=1):
     lines = [line for line in process.stderr.splitlines() if status == 1 or not line.startswith(("usage:", " "))]
     assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr
     return lines[0]
+
+
+def wait_for(event, process):
+    """Waits until event() is true; fails if the process ends before."""
+    while not event():
+        assert process.poll() is None, "it ended too soon"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Nothing lost, no one let in: a hostile world against the whole, from outside.
 
-The short attacks run with the other tests; all of them, counted, with: python -m pytest -q -s tests -m attack
+The short attacks run with the other tests; the long ones, counted, with: python -m pytest -q -s tests -m attack
 """
 import argparse
 import ast
@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, complaint, run
+from conftest import ROOT, TINY, complaint, run, wait_for
 
 import bench
 import generate
@@ -100,12 +100,22 @@ def test_a_folder_that_vanishes_in_mid_run_ends_the_run_and_stays_away(tiny_text
     """Written again it would hold weights without their tokenizer."""
     process = subprocess.Popen([sys.executable, "train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path / "run", "--eval_interval",
                                 "50"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "last.pt").exists():
-        time.sleep(0.01)
+    wait_for((tmp_path / "run" / "last.pt").exists, process)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and len(err.splitlines()) == 1 and str(tmp_path / "run") in err
     assert not (tmp_path / "run").exists() and train.load_last(tmp_path / "elsewhere")["iteration"] >= 0
+
+
+def test_text_that_the_output_cannot_hold_is_no_error(tiny_run, tiny_text, tmp_path):
+    """A sample can hold any character, and the output's encoding may know few."""
+    ascii_only, text = os.environ | {"PYTHONIOENCODING": "ascii"}, ["--data_path", tiny_text]
+    for command in (["train.py", *TINY, *text, "--out_dir", tmp_path / "new", "--max_iters", 1],
+                    ["quantize.py", *text, "--out_dir", tiny_run],
+                    ["tokenizer.py", "vocab", *text, "--out_dir", tiny_run],
+                    ["tokenizer.py", "show", "caf\N{LATIN SMALL LETTER E WITH ACUTE}s \N{EM DASH}", "--out_dir", tiny_run]):
+        process = run(*command, env=ascii_only)
+        assert process.returncode == 0 and "?" in process.stdout, process.stderr
 
 
 @pytest.mark.parametrize("tiny", [1e-30, 1e-45, 1e-320, 5e-324])
@@ -251,6 +261,7 @@ def test_kill_quantizing(tiny_run, tiny_text):
         thread = threading.Thread(target=victim.run, args=flags[1], kwargs={"kill_after": 10})
         thread.start()
         while out.stat().st_mtime_ns == begin:
+            assert thread.is_alive(), "it ended too soon"
             time.sleep(0.002)
         span = time.monotonic() - clock  # from the start to the file
         thread.join()
@@ -699,19 +710,17 @@ def test_absurd_files_take_no_gigabytes(quantized_run, tmp_path):
 
 # ---------------------------------------------------------------------------- disk
 
-DISK = {"train.py": lambda out, text: [*TINY, "--data_path", text, "--out_dir", out, "--max_iters", "2"],
-        "tokenizer.py": lambda out, text: ["train", "--data_path", text, "--out_dir", out, "--vocab_size", "300"],
-        "quantize.py": lambda out, text: ["--data_path", text, "--out_dir", RUN, "--out", out / "int8.pt"],
-        "generate.py": lambda out, text: ["--out_dir", RUN, "--max_new_tokens", "3000", "--device", "cpu", "--out", out / "text.txt"],
-        "plots.py": lambda out, text: ["--out_dir", out]}
-RUN = None  # the finished run, see `disk`
+DISK = {"train.py": lambda out, text, run: [*TINY, "--data_path", text, "--out_dir", out, "--max_iters", "2"],
+        "tokenizer.py": lambda out, text, run: ["train", "--data_path", text, "--out_dir", out, "--vocab_size", "300"],
+        "quantize.py": lambda out, text, run: ["--data_path", text, "--out_dir", run, "--out", out / "int8.pt"],
+        "generate.py": lambda out, text, run: ["--out_dir", run, "--max_new_tokens", "3000", "--device", "cpu", "--out", out / "text.txt"],
+        "plots.py": lambda out, text, run: ["--out_dir", out]}
 
 
 @pytest.fixture(params=DISK)
-def disk(request, finished_run, tiny_text, monkeypatch):
+def disk(request, finished_run, tiny_text):
     """A script, and how it is told to write into a folder."""
-    monkeypatch.setitem(globals(), "RUN", finished_run)
-    return request.param, lambda out: DISK[request.param](out, tiny_text)
+    return request.param, lambda out: DISK[request.param](out, tiny_text, finished_run)
 
 
 def failure(process):
@@ -793,8 +802,7 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tiny_run, tiny_text, script
 def test_a_sampling_whose_folder_vanishes_is_one_line(tiny_run, tmp_path):
     command = [sys.executable, ROOT / "generate.py", "--out_dir", tiny_run, "--max_new_tokens", "5000", "--out", tmp_path / "out" / "text.txt"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out" / ".text.txt.tmp").exists():
-        time.sleep(0.01)
+    wait_for((tmp_path / "out" / ".text.txt.tmp").exists, process)
     shutil.rmtree(tmp_path / "out")
     err = process.communicate(timeout=120)[1].splitlines()
     assert process.returncode == 1 and err[-1].startswith("generate.py: cannot write") and str(tmp_path / "out") in err[-1]
@@ -961,7 +969,8 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
                                    ["--temperature", "1e300"], ["--seed", str(10**30)], ["--num_samples", "3", "--top_k", "301"]])
 def test_extreme_flags_of_sampling_sample(finished_run, flags):
     process = run("generate.py", "--out_dir", finished_run, "--device", "cpu", "--max_new_tokens", 20, *flags)
-    assert process.returncode == 0 and "0 tokens in" in process.stderr, process.stderr
+    count = 60 if "--num_samples" in flags else 20
+    assert process.returncode == 0 and f"\n{count} tokens in" in process.stderr, process.stderr
 
 
 # ---------------------------------------------------------------------------- numbers

@@ -5,15 +5,12 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+from conftest import ROOT
 
 import model as model_module
 from model import (Decoder, GPT, GPTConfig, Int8Linear, attend, attend_fused, keep_mask, load_checkpoint, load_model, mean_loss,
@@ -342,7 +339,7 @@ def test_a_checkpoint_brings_back_the_network(small, tmp_path):
 def test_a_checkpoint_is_loaded_without_importing_the_compiler(small, tmp_path):  # which takes a second or two
     save(tmp_path / "model.pt", small)
     program = "import sys, model; model.load_model(sys.argv[1]); sys.exit('sympy' in sys.modules or 'torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt"], cwd=HERE.parent).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt"], cwd=ROOT).returncode == 0
 
 
 def test_an_int8_checkpoint_brings_back_the_same_logits(small, tmp_path):

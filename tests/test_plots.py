@@ -8,17 +8,16 @@ import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
-SCRIPT = Path(__file__).resolve().parent.parent / "plots.py"
-sys.path.insert(0, str(SCRIPT.parent))
 import plots
 
+SCRIPT = ROOT / "plots.py"
 pytestmark = pytest.mark.filterwarnings("error")  # a warning of Matplotlib's would be noise to a user
 NAMES = ["loss", "relu_training", "relu_outputs", "relu_gradients"]
 EVALUATIONS = [0, 1000, 2000, 3000, 4000, 4999]
@@ -313,7 +312,7 @@ def test_help_and_a_wrong_flag():
 
 def test_no_network_library_is_loaded():
     """Pictures come from files alone, so that drawing starts at once."""
-    code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import plots; print('torch' in sys.modules)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import plots; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

@@ -56,9 +56,9 @@ def test_the_files_it_names_exist():
 def test_the_functions_it_points_at_exist():
     sources = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
     names = set(re.findall(r"`(?:[A-Z]\w+\.)?(\w+)`", TEXT[TEXT.index("## How a GPT works"):TEXT.index("## The scripts")]))
-    named = {name for name in names if re.search(rf"(?:def|class) {name}\b", sources)}
-    assert named >= {"learn", "encode", "decode", "GPT", "Block", "CausalSelfAttention", "FeedForward", "step", "evaluate", "stream", "Decoder",
-                     "quantize_dynamic", "Int8Linear"}
+    assert len(names) > 9
+    for name in names:
+        assert re.search(rf"(?:def|class) {name}\b", sources), name
 
 
 @pytest.fixture(scope="module")
