@@ -192,7 +192,7 @@ def bench_train(args):
 
 
 def bench_sample(args):
-    """Tokens a second, in turn: of one stream, 1,000 and 10,000 past a full context, and of 64 from a single token up to a full context."""
+    """Tokens a second, in turn: of one stream, 1,000 and 10,000 past a full context; of 64, and of Hugging Face's, from one token to a full one."""
     import torch
 
     from model import GPT, GPTConfig, choose_device
@@ -209,7 +209,10 @@ def bench_sample(args):
                 "ours, 64 streams": (lambda: network.generate(prompt[:, :1].expand(64, -1), 255).tolist(), 64 * 255)}
     with contextlib.suppress(ImportError):
         from transformers import GPT2Config, GPT2LMHeadModel
-        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=256, n_embd=228, n_head=6, n_layer=5)).eval().to(device)
+        width = config.n_head * config.head_size  # which n_head must divide there
+        gpt2 = GPT2LMHeadModel(GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=width, n_head=config.n_head, n_layer=config.n_layer,
+            bos_token_id=None, eos_token_id=None)).eval().to(device)
         samplers["Hugging Face GPT-2"] = (
             lambda: gpt2.generate(prompt[:, :1], max_new_tokens=250, min_new_tokens=250, do_sample=True).tolist(), 250)
     for run, _ in samplers.values():  # warms up
