@@ -192,7 +192,7 @@ def bench_train(args):
 
 
 def bench_sample(args):
-    """Tokens a second, in turn: of one stream, 1,000 and 10,000 past a full context; of 64, and of Hugging Face's, from one token to a full one."""
+    """Tokens a second, in turn: of one stream, past a full context; of 64, and of Hugging Face's network, from one token up to a full one."""
     import torch
 
     from model import GPT, GPTConfig, choose_device
