@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for name, value, ok, rule in (
             ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
-            ("temperature", args.temperature, 0 <= args.temperature < float("inf"), "at least 0"),
+            ("temperature", args.temperature, 0 <= args.temperature < float("inf"), "at least 0 and finite"),
             ("top_k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
             ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "more than 0 and at most 1"),
             ("num_samples", args.num_samples, 1 <= args.num_samples <= 2**16, "at least 1 and at most 65536"),
@@ -109,7 +109,8 @@ def main() -> None:
         print("int8 weights run on the CPU: not using the GPU", file=sys.stderr)
         device = torch.device("cpu")
     model.to(device)
-    print(f"using {os.path.relpath(path)}, iteration {checkpoint['iteration']}, validation loss {checkpoint['val_loss']:.4f}", file=sys.stderr)
+    print(f"using {path}, iteration {checkpoint['iteration']}, validation loss {checkpoint['val_loss']:.4f}"
+          + " before quantizing" * checkpoint.get("int8", False), file=sys.stderr)
 
     ids = tokenizer.encode_array(prompt or "\n").tolist()
     if len(ids) > model.config.block_size:

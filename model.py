@@ -73,7 +73,7 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Dropout(nn.Dropout):
-    """Dropout (Srivastava et al. 2014), drawing its masks in bulk on the CPU."""
+    """Dropout (Srivastava et al. 2014); on a CPU the mask is that of `keep_mask`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or not self.training or self.p == 0:
@@ -102,9 +102,10 @@ class CausalSelfAttention(nn.Module):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-    """Causal scaled dot-product attention. q, k, v: (B, H, T, D) -> (B, H, T, D).
+    """Causal scaled dot-product attention: softmax(q @ k^T / sqrt(D) + future) @ v. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
-    `dropout` is the probability with which each attention weight is dropped.
+    `future`, (T, T), is -inf where the key comes after the query, so that its weight is 0, and 0 elsewhere. `dropout` is the
+    probability with which each weight is dropped.
     """
     return attend_in_pieces(q, k, v, dropout) if q.device.type == "cpu" else attend_fused(q, k, v, dropout)
 
@@ -168,7 +169,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The network (Radford et al. 2019, but with an output head of its own): embeddings, n_layer blocks, a last norm and that head."""
+    """The network: embeddings, n_layer blocks, a last norm and an output head.
+
+    It is that of Radford et al. 2019, but with ReLU, no bias in query, key and value, no dropout on the embeddings, and a head of its own.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -257,7 +261,8 @@ class GPT(nn.Module):
                 if decoder.length < block_size:
                     logits = decoder.step(token)
                 else:
-                    # Positions are learned, so a full window cannot slide: keep its recent half, read once, and go on.
+                    # A full window cannot slide: a key or value was made with its token's position added, and one place further left
+                    # it would be another, as positions are learned. So the recent half is read once more, from the start of the window.
                     recent = decoder.tokens[:, block_size - max(1, block_size // 2) + 1:]
                     logits = decoder.prefill(torch.cat([recent, token[:, None]], dim=1))
         finally:
@@ -399,7 +404,10 @@ def windows(data: torch.Tensor, starts: torch.Tensor, block_size: int) -> tuple[
 
 
 def side_by_side(data: torch.Tensor, block_size: int, count: int | None = None) -> torch.Tensor:
-    """Where the windows that tile `data` (N,) begin, or `count` of these, evenly spread. (count,) int64 on data's device."""
+    """Where the windows that tile `data` (N,) begin, or `count` of these, evenly spread; (count,) int64 on data's device.
+
+    A rest at the end that is shorter than a window is left out.
+    """
     tiles = (len(data) - 1) // block_size
     return torch.linspace(0, tiles - 1, count or tiles, dtype=torch.float64).long().to(data.device) * block_size
 
@@ -426,7 +434,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format asked for; `auto` is bfloat16 where the hardware has it, else float16 on a GPU and float32 elsewhere."""
+    """The number format asked for; `auto` is bfloat16 where the hardware has it, else float16 on a CUDA GPU and float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":

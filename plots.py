@@ -66,9 +66,9 @@ def read_metrics(path):
     if not path.is_file():
         raise ValueError(f"{path} is missing: train first, with `python train.py`, or name a run with --out_dir")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} is too large to be the metrics of a run; train again")
+        raise ValueError(f"{path} is too large to draw, with {path.stat().st_size >> 20} MiB: train with a larger --eval_interval")
     with path.open(encoding="utf-8", errors="replace") as file:
-        header, rows = file.readline(2**16).rstrip("\n").split(","), list(file)
+        header, rows = file.readline(2**17).rstrip("\n").split(","), list(file)
     if not rows:
         raise ValueError(f"{path} holds no evaluation: train until the first one, with `python train.py`")
 
@@ -148,7 +148,7 @@ def read_text_with_network(out_dir, text):
 
 def label(spelling):
     """A token's bytes as something to print: b"e " -> "e␣", a line end as an arrow, other bytes in hexadecimal."""
-    return visible(spelling.replace(b" ", "␣".encode()).replace(b"\n", "↵".encode()))
+    return visible(spelling.replace(b" ", "␣".encode()).replace(b"\n", "↵".encode())).replace("$", r"\$")  # or it would set formulas
 
 
 # ---- what compares with the published run ---------------------------------------------------------------------------

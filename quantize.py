@@ -1,7 +1,7 @@
 """
 Shrinks a trained network to a quarter: every matrix in int8 (PyTorch's dynamic quantization).
 
-    python quantize.py                                          # checkpoints/model.pt -> checkpoints/model_int8.pt
+    python quantize.py                                          # model.pt of your run, or of the pretrained network -> model_int8.pt
     python generate.py --checkpoint checkpoints/model_int8.pt
 
 Prints what it costs and what it saves, measured, and a sample of each network from the same seed.
@@ -85,9 +85,9 @@ def main() -> None:
     print(compare(before, after, (path, out), torch.from_numpy(val.astype("int64")), tokens_per_char, start))
     for name, model in ("float32", before), ("int8", after):
         print(f"\n--- {name}, seed 1337 ---\n{tokenizer.decode(model.generate(start, 150, seed=1337)[0].tolist())}")
-    command = ["python", "generate.py", "--checkpoint", os.path.relpath(out)]
+    command = ["python", "generate.py", "--checkpoint", str(out)]
     if not out.parent.samefile(out_dir):
-        command += ["--out_dir", os.path.relpath(out_dir)]
+        command += ["--out_dir", str(out_dir)]
     print(f"\nwrote {out}; sample from it with: {shlex.join(command)}")
 
 

@@ -40,12 +40,13 @@ MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens: a crafted one
 class TokenSequence:
     """A text as a sequence of tokens, laid over its bytes so that a merge moves nothing.
 
-    `head[i]` is the token that starts at byte i, `tail[i]` the one that ends there, `hole` where none does:
+    `head[i]` is the token that starts at byte i, `hole` where none does; `tail[i]` is the one that ends there. Where none
+    does, in brackets below, it is what ended there before: nobody looks, as `tail` is read only just before a token's start.
 
         text         a    b    c    a    b
         head, tail   97   98   99   97   98
         head         256  .    99   256  .         after merging (97, 98) into 256
-        tail         .    256  99   .    256
+        tail         (97) 256  99   (97) 256
 
     `where[token]` are the places where a token started when last looked at. Places are only ever lost, so the
     token is nowhere else, and finding a pair costs what the rarer of its two tokens has places.
@@ -335,6 +336,8 @@ def atomic_write(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if path.exists() and not path.is_file():  # which includes /dev/null, and root could replace that
+            raise OSError("it is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
@@ -353,7 +356,8 @@ def sync_folder(folder):
     """Makes a renaming in a folder outlast a power cut (on Windows it does without)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
+        with suppress(OSError):  # some shared drives do without, too
+            os.fsync(descriptor)
         os.close(descriptor)
 
 

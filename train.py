@@ -2,7 +2,7 @@
 Trains the network on a text, and its tokenizer first if there is none.
 
     python train.py                                             # Tiny Shakespeare with the published hyperparameters
-    python train.py --preset fast                               # better than those after 600 iterations; or best
+    python train.py --preset fast                               # a lower loss after 600 iterations than those after 5,000; or best
     python train.py --data_path my.txt --out_dir checkpoints/mine
     python train.py --resume                                    # go on where a run was stopped
     torchrun --nproc_per_node 2 train.py                        # the same run on two GPUs, or two processes
@@ -47,7 +47,8 @@ LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1,
 TEACHER_SHARE = 0.9  # of a teacher in what the network is to predict; the rest is the token that really came next
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 LAST_ENTRIES = {"iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list, "device": str, "args": dict,
-                "text": str, "tokenizer": str, "best": float, "seconds": float, "metrics": list}  # and what they are
+                "text": str, "tokenizer": str, "tokens_seen": int, "best": float, "seconds": float, "columns": list,
+                "metrics": torch.Tensor}  # and what they are
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -198,7 +199,7 @@ def save_last(out_dir: Path, last: dict) -> None:
 def save_metrics(out_dir: Path, rows: list[dict], histograms: dict[str, np.ndarray]) -> None:
     """Writes metrics.csv, a row for each evaluation so far, and histograms.npz of the last one."""
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, rows[0])
+    writer = csv.DictWriter(table, rows[-1], extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     with atomic_write(out_dir / "metrics.csv") as file:
@@ -248,7 +249,7 @@ class Trainer:
         self.batches = torch.Generator(self.device).manual_seed(args.seed)  # one for all ranks: each takes its part of a batch
         self.random = torch if self.device.type == "cpu" else torch.get_device_module(self.device)  # whence dropout draws
         self.random.manual_seed(args.seed + self.rank)
-        self.iteration, self.best, self.seconds, self.metrics = 0, math.inf, 0.0, []
+        self.iteration, self.tokens_seen, self.best, self.seconds, self.metrics = 0, 0, math.inf, 0.0, []
         self.grad_norm = torch.tensor(math.nan)
         if last:
             self.restore(last)
@@ -294,7 +295,7 @@ class Trainer:
         self.tokenizer, self.text_hash = tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest()
         self.tokens_per_char = {name: len(part) / tokenizer.count_characters(part) for name, part in (("train", train), ("val", val))}
         self.data = {name: self.on_device(part) for name, part in (("train", train), ("val", val))}
-        self.spelled, self.train_text = (None, None), tokenizer.decode_bytes(train.tolist())
+        self.spelled, self.train_text = (None, None), tokenizer.decode_bytes(train.tolist()) if args.bpe_dropout else b""
         self.starts = {"val": side_by_side(self.data["val"], args.block_size)}
         self.starts["train"] = side_by_side(self.data["train"], args.block_size, len(self.starts["val"]))
 
@@ -326,7 +327,7 @@ class Trainer:
         args, n = self.args, len(self.data["train"])
         if not args.bpe_dropout:
             return self.data["train"]
-        epoch = self.iteration * args.batch_size * args.block_size // n
+        epoch = self.tokens_seen // n
         if self.spelled[0] != epoch:
             rng = np.random.default_rng([args.seed, epoch])  # of its own for each pass, so that resuming repeats it
             dropout = args.bpe_dropout * schedule(epoch * n // (args.batch_size * args.block_size), args)
@@ -358,8 +359,8 @@ class Trainer:
     def restore_state(self, last: dict) -> None:
         """Takes over weights, optimizers, random generators and metrics. Raises one of many errors if they do not fit."""
         self.model.load_state_dict(last["model"])
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise ValueError("weights that are not finite numbers")
+        if not all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in last["model"].values()):
+            raise ValueError("weights that are not finite numbers of float32")
         if last["iteration"] < 0:
             raise ValueError("less than no iterations")
         for optimizer, state in zip(self.optimizers, last["optimizers"]):
@@ -380,10 +381,11 @@ class Trainer:
         elif self.master:
             print(f"saved on {len(last['random'])} x {last['device']}, going on on {self.world_size} x {self.device.type}: "
                   "batches and dropout will be others than those of an unbroken run")
-        columns = last["metrics"][0].keys()
-        if not all(row.keys() == columns >= {"iteration", "val_loss"} and {*map(type, row.values())} <= {int, float} for row in last["metrics"]):
-            raise ValueError("metrics without their columns, or that are no numbers")
-        self.iteration, self.best, self.seconds, self.metrics = last["iteration"], last["best"], last["seconds"], last["metrics"]
+        if len({*last["columns"]}) < len(last["columns"]) or not {"train_loss", "val_loss", "val_nats_per_char"} <= {*last["columns"]}:
+            raise ValueError("metrics without their columns")
+        rows = [dict(zip(last["columns"], row, strict=True)) for row in last["metrics"].tolist()]
+        self.metrics = [row | {name: int(row[name]) for name in ("iteration", "tokens_seen")} for row in rows]
+        self.iteration, self.tokens_seen, self.best, self.seconds = (last[name] for name in ("iteration", "tokens_seen", "best", "seconds"))
 
     def run(self) -> None:
         """Trains up to max_iters, or until a signal comes, evaluating and saving on the way."""
@@ -396,10 +398,10 @@ class Trainer:
                 if self.iteration % args.eval_interval == 0 or self.iteration >= args.max_iters:
                     if not self.metrics or self.metrics[-1]["iteration"] < self.iteration:
                         line = self.evaluate()
-                        if self.master:
-                            bar.write(line)
                         self.save()
                         saved = time.monotonic()
+                        if self.master:  # only now, as nobody may be reading any more
+                            bar.write(line)
                     if self.iteration >= args.max_iters:
                         break
                 stop, due = self.agree(self.stop.requested, time.monotonic() - saved > SAVE_SECONDS)
@@ -411,11 +413,12 @@ class Trainer:
                     break
                 loss = self.step()
                 self.iteration += 1
+                self.tokens_seen += args.batch_size * args.block_size
                 bar.update()
                 if self.device.type == "cpu" or time.monotonic() - shown > 0.5:  # reading the loss makes a GPU wait
                     shown = time.monotonic()
                     if not math.isfinite(loss := loss.item()):
-                        raise ValueError(self.not_finite("loss"))
+                        raise ValueError(self.not_finite("the loss"))
                     bar.set_postfix_str(f"loss {loss:.3f}, best val loss {self.best:.3f}, {self.tokens_per_second():,.0f} tokens/s")
 
     def step(self) -> torch.Tensor:
@@ -435,7 +438,7 @@ class Trainer:
             with self.step_model.no_sync() if wait else contextlib.nullcontext():
                 with self.autocast:
                     idx, targets = windows(data, part, args.block_size)
-                    if self.teachers:  # in turn, which is as good as asking all and taking the mean: the loss is linear in it
+                    if self.teachers:  # in turn: on average that gives the gradient of their mean, as the loss is linear in the targets
                         turn = self.iteration + self.rank * len(parts) + i
                         targets = soften(targets, self.teachers[turn % len(self.teachers)], idx, args.teacher_temperature)
                     loss = self.step_model(idx, targets, args.train_temperature)[1] * (len(part) / len(mine))
@@ -444,7 +447,8 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
-        # float16 that overflowed anywhere must move nothing, but of two optimizers each knows only of its own; asking makes a GPU wait
+        # If gradients overflowed in float16, the scaler skips the optimizer they belong to; of two, both must be skipped. Looking at the
+        # norm makes a GPU wait, so it is done only then.
         if len(self.optimizers) == 1 or not self.scaler.is_enabled() or self.grad_norm.isfinite():
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -471,13 +475,12 @@ class Trainer:
         speed = self.tokens_per_second()
         loss = {name: self.mean_loss(name) for name in ("train", "val")}
         if not math.isfinite(loss["val"]):
-            raise ValueError(self.not_finite("validation loss"))
+            raise ValueError(self.not_finite("the validation loss"))
         per_char = {name: loss[name] * self.tokens_per_char[name] for name in loss}
         relus, histograms = self.inspect_relus() if self.master else ({}, {})
-        tokens_seen = self.iteration * args.batch_size * args.block_size
         seconds = time.monotonic() - self.started
         self.metrics.append({
-            "iteration": self.iteration, "tokens_seen": tokens_seen, "epochs": tokens_seen / len(self.data["train"]),
+            "iteration": self.iteration, "tokens_seen": self.tokens_seen, "epochs": self.tokens_seen / len(self.data["train"]),
             "train_loss": loss["train"], "val_loss": loss["val"],
             "train_nats_per_char": per_char["train"], "val_nats_per_char": per_char["val"],
             "learning_rate": args.learning_rate * schedule(self.iteration, args),
@@ -553,17 +556,18 @@ class Trainer:
             return
         self.check_folder()
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise ValueError(self.not_finite("weights"))
+            raise ValueError(self.not_finite("a weight"))
         args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()}
         save_last(self.args.out_dir, self.checkpoint() | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
             "batches": self.batches.get_state(), "random": random, "device": self.device.type, "args": args,
-            "teachers": self.teacher_hashes, "best": self.best, "metrics": self.metrics, "seconds": time.monotonic() - self.started})
+            "teachers": self.teacher_hashes, "best": self.best, "tokens_seen": self.tokens_seen, "seconds": time.monotonic() - self.started,
+            "columns": list(self.metrics[0]), "metrics": torch.tensor([[*row.values()] for row in self.metrics], dtype=torch.float64)})
 
     def not_finite(self, what: str) -> str:
         """The line that explains why the run ends."""
         kept = f"{self.args.out_dir} keeps the checkpoint before" if self.metrics else "nothing was saved"
-        return (f"the {what} at iteration {self.iteration} is not a finite number: train with a smaller --learning_rate, "
+        return (f"{what} at iteration {self.iteration} is not a finite number: train with a smaller --learning_rate, "
                 f"--grad_clip 1 or --dtype float32; {kept}")
 
 
@@ -587,8 +591,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     files.add_argument("--data_path", type=absolute, default=DEFAULT_TEXT, help="any UTF-8 text (default data/input.txt: Tiny Shakespeare)")
     files.add_argument("--out_dir", type=Path, default=CHECKPOINTS, help="folder for all a run makes (default checkpoints/)")
     files.add_argument("--preset", choices=PRESETS, default="reference",
-                       help="values for the flags not given: of the published run (reference, the default), of one that is better "
-                            "after 600 iterations (fast), or of one that gets farther, above all with a --teacher (best)")
+                       help="values for the flags not given: of the published run (reference, the default), of one that has a lower loss "
+                            "after 600 iterations (fast), or of a longer one that gets farther, above all with a --teacher (best)")
     files.add_argument("--teacher", type=lambda path: str(absolute(path)), nargs="+", default=[], metavar="MODEL.PT",
                        help="learn from what these networks, trained with the same tokenizer, expect, too (default: from the text alone)")
     files.add_argument("--resume", action="store_true", help="go on from last.pt in --out_dir, with its flags unless given anew")
@@ -619,17 +623,17 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
                                       "it follows the learning rate; less than 1")
     flag(training, "train_temperature", 1.0, 0.1, "divides the logits in the loss of training alone, not where it is measured; below 1 the "
                                                   "network ends up less sure of itself")
-    flag(training, "teacher_temperature", 1.0, 0.1, "divides the logits of a --teacher; a little above --train_temperature the network ends up "
-                                                    "less sure of itself than the teacher")
+    flag(training, "teacher_temperature", 1.0, 0.1, "divides the logits of a --teacher; if it is a little above --train_temperature, the network "
+                                                    "ends up less sure of itself than the teacher")
     flag(training, "grad_clip", 0.0, 0, "largest norm of the gradient; 0: any")
-    flag(training, "seed", 1337, 0, "of initialisation, batches and dropout")
+    flag(training, "seed", 1337, 0, "of initialisation, batches, dropout and BPE-dropout")
     flag(training, "eval_interval", 500, 1, "iterations between two evaluations")
     flag(training, "eval_iters", 0, 0, "random batches to evaluate on, as published: 200; 0: the whole validation split "
-                                        "in windows side by side, exactly, and as many windows of the training split")
+                                        "in windows side by side, but for a rest shorter than one, exactly, and as many of the training split")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                         help="of the arithmetic (default: bfloat16 where the hardware has it, else float16 on a GPU, else float32)")
+                         help="of the arithmetic (default: bfloat16 where the hardware has it, else float16 on a CUDA GPU, else float32)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                          help="fuse the network with torch.compile (default: where it can, on CUDA)")
 
@@ -653,7 +657,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         for name, value in vars(args).items():
             if name == "seed" and value != saved.get(name, value):
                 parser.error(f"--seed was {saved[name]} when this run began, and cannot change any more")
-            if name in saved and str(saved[name]) != str(value) and int(os.environ.get("RANK", 0)) == 0:
+            if name in saved.keys() - {"preset"} and str(saved[name]) != str(value) and int(os.environ.get("RANK", 0)) == 0:
                 print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on")
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.max_iters
@@ -661,7 +665,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         value = getattr(args, name)
         limit = LESS_THAN.get(name, 2**63 if type(value) is int else math.inf)  # whole numbers beyond that PyTorch cannot hold
         if not minimum <= value < limit:
-            upper = f" and less than {limit}" if name in LESS_THAN or minimum <= value < math.inf else ""
+            upper = f" and less than {limit}" if name in LESS_THAN or value >= minimum else ""
             parser.error(f"--{name} must be at least {minimum}{upper}, not {value}")
     for path in map(Path, args.teacher):
         if not path.is_file():

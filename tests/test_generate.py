@@ -17,7 +17,7 @@ def generate(folder, *args, **options):
 def test_it_continues_the_prompt_and_tells_its_speed(finished_run):
     process = generate(finished_run, "--prompt", "ROMEO:", "--max_new_tokens", 30, "--seed", 1)
     assert process.returncode == 0 and process.stdout.startswith("ROMEO:") and len(process.stdout) > 30
-    assert f"using {os.path.relpath(finished_run / 'model.pt')}, iteration" in process.stderr
+    assert f"using {finished_run / 'model.pt'}, iteration" in process.stderr
     assert "30 tokens in" in process.stderr and "tokens a second" in process.stderr
 
 

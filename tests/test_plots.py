@@ -351,6 +351,13 @@ def test_tokens_that_cannot_be_printed_have_labels():
         "e\N{OPEN BOX}", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\\xe2", "\u00e9", "\\x00"]
 
 
+def test_dollars_are_no_formulas(finished_run, tmp_path, draw):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    assert draw(folder, "--attention", "$$ $x$", "--format", "svg")[::2] == (0, "")
+    assert texts(folder, "attention").count("$") >= 4  # tokens of one byte each
+    assert plots.label(b"$$") == r"\$\$"
+
+
 def test_the_published_curve_shows_only_what_was_measured(run):
     """No line from its first loss, at iteration 0, to its second, at 500: it would hide how fast that run fell."""
     lines = plots.draw_loss(plots.read_metrics(run / "metrics.csv")).axes[0].lines

@@ -561,8 +561,11 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").mkdir()
-    with pytest.raises(OSError, match="cannot write .*file: Is a directory"), atomic_write(tmp_path / "file"):
-        pass
+    os.mkfifo(tmp_path / "pipe")
+    for name in "file", "pipe":
+        with pytest.raises(OSError, match=f"cannot write .*{name}: it is not a file"), atomic_write(tmp_path / name):
+            pass
+    assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "text").touch()
     with pytest.raises(OSError, match="cannot write .*text/.*: (Not a directory|File exists)"):
         save_pair(tmp_path / "text", OLD, spell(OLD))

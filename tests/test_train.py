@@ -265,12 +265,29 @@ def test_resuming_with_fewer_iterations_or_another_seed_is_refused(tiny_run):
 
 
 def test_flags_given_anew_take_effect_when_resuming(tiny_run):
-    flags = ["--weight_decay", "0.5", "--beta2", "0.9", "--dropout", "0", "--max_iters", "62"]
+    flags = ["--weight_decay", "0.5", "--beta2", "0.9", "--dropout", "0", "--batch_size", "8", "--max_iters", "62"]
     process = run("train.py", "--resume", "--out_dir", tiny_run, *flags)
     assert process.returncode == 0 and "--weight_decay was 0.01 when this run was saved and is 0.5" in process.stdout, process.stderr
     last = load_checkpoint(tiny_run / "last.pt")
     assert last["config"]["dropout"] == 0
     assert [(group["weight_decay"], group["betas"][1]) for group in last["optimizers"][0]["param_groups"]] == [(0.5, 0.9), (0.0, 0.9)]
+    assert metrics(tiny_run)[-1]["tokens_seen"] == (60 * 4 + 2 * 8) * 16
+
+
+def test_a_run_of_any_number_of_evaluations_can_be_resumed(tiny_run):
+    last = load_checkpoint(tiny_run / "last.pt")
+    columns, row = last["columns"], last["metrics"][-1:]
+    torch.save(last | {"metrics": row.repeat(30_000, 1)}, tiny_run / "last.pt")
+    process = run("train.py", "--resume", "--out_dir", tiny_run, "--max_iters", 62)
+    assert process.returncode == 0, process.stderr
+    last = load_checkpoint(tiny_run / "last.pt")
+    assert last["columns"] == columns and last["metrics"].shape == (30_001, len(columns)) and torch.equal(last["metrics"][:1], row)
+
+
+def test_a_last_pt_with_weights_of_another_type_is_refused(tiny_run):
+    last = load_checkpoint(tiny_run / "last.pt")
+    torch.save(last | {"model": {name: weight.bfloat16() for name, weight in last["model"].items()}}, tiny_run / "last.pt")
+    assert "last.pt does not hold the state of this training" in complaint(run("train.py", "--resume", "--out_dir", tiny_run, "--max_iters", 62))
 
 
 def test_a_run_saved_on_another_device_goes_on_and_says_so(tiny_run):
