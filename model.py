@@ -249,7 +249,7 @@ class GPT(nn.Module):
         training, block_size = self.training, self.config.block_size
         self.eval()
         try:
-            decoder, window = Decoder(self, len(idx)), idx[:, -block_size:]
+            decoder, window, new = Decoder(self, len(idx)), idx[:, -block_size:], []
             logits = decoder.prefill(window)
             for step in range(max_new_tokens):
                 if step % 256 == 0:  # one draw for many steps: a call for each row and step would cost more than the step
@@ -258,13 +258,14 @@ class GPT(nn.Module):
                 yield token
                 if step + 1 == max_new_tokens:
                     return
+                new.append(token)
                 if decoder.length < block_size:
                     logits = decoder.step(token)
                 else:
                     # A full window cannot slide: a key or value was made with its token's position added, and one place further left
                     # it would be another, as positions are learned. So the recent half is read once more, from the start of the window.
-                    recent = decoder.tokens[:, block_size - max(1, block_size // 2) + 1:]
-                    logits = decoder.prefill(torch.cat([recent, token[:, None]], dim=1))
+                    window, new = torch.cat([window, torch.stack(new, dim=1)], dim=1)[:, -max(1, block_size // 2):], []
+                    logits = decoder.prefill(window)
         finally:
             self.train(training)
 
@@ -272,7 +273,7 @@ class GPT(nn.Module):
 class Decoder:
     """Predicts one token after the other, keeping the keys and values of those before in buffers allocated once.
 
-    caches: (n_layer, 2, B, H, block_size, D), the keys and the values; tokens: (B, block_size) int64; `length` of them are filled.
+    caches: (n_layer, 2, B, H, block_size, D), the keys and the values, of which `length` positions are filled.
     A step is `GPT.forward` for one position, in as few operations as it takes: in a network this small, starting an operation
     takes as long as its arithmetic. On CUDA all of them are recorded once, as a graph, and started together.
     """
@@ -281,7 +282,6 @@ class Decoder:
         self.model, config, self.length = model, model.config, 0
         weight = model.position_embedding.weight
         self.caches = weight.new_empty(config.n_layer, 2, batch_size, config.n_head, config.block_size, config.head_size)
-        self.tokens = torch.empty(batch_size, config.block_size, dtype=torch.int64, device=weight.device)
         self.layers = [(norm(block.ln_1), few_rows(block.attn.qkv, batch_size), few_rows(block.attn.proj, batch_size),
                         norm(block.ln_2), few_rows(block.ffwd.up, batch_size), few_rows(block.ffwd.down, batch_size), cache)
                        for block, cache in zip(model.blocks, self.caches)]
@@ -292,15 +292,12 @@ class Decoder:
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
         """Forgets all, reads idx (B, T) int64 in one pass, and returns the logits of the token after it, (B, V)."""
         self.length = idx.shape[1]
-        self.tokens[:, :self.length] = idx
         return self.model.head(self.model.hidden(idx, self.caches)[:, -1])
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Reads one more token of each row, (B,) int64, and returns the logits of the one after it, (B, V)."""
-        t = self.length
-        self.tokens[:, t] = token
-        self.length = t + 1
+        t, self.length = self.length, self.length + 1
         if token.device.type != "cuda":
             return self.read(token, slice(t, t + 1), slice(t + 1))
         if self.graph is None:
@@ -329,11 +326,11 @@ class Decoder:
 
     def record(self, token: torch.Tensor) -> None:
         """Makes the CUDA graph of a step. Its shapes are fixed, so it looks at all positions, and a mask hides those to come."""
-        self.token, self.at = token.clone(), self.tokens.new_full((1,), self.length - 1)  # what the graph reads
+        self.token, self.at = token.clone(), token.new_full((1,), self.length - 1)  # what the graph reads
         self.caches[..., self.length:, :] = 0  # hidden, but 0 * nan is nan
 
         def read():
-            positions = torch.arange(self.tokens.shape[1], device=token.device)
+            positions = torch.arange(self.caches.shape[4], device=token.device)
             return self.read(self.token, self.at, slice(None), positions[None] <= self.at)
 
         stream = torch.cuda.Stream()  # of its own: graphs recorded on one stream share its cuBLAS workspace
@@ -364,15 +361,17 @@ def few_rows(layer: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tens
     parts = math.gcd(out, torch.get_num_threads())
     weight = layer.weight.view(parts, out // parts, -1).mT.contiguous()  # (parts, in, out / parts)
     bias = bias.view(parts, 1, -1)
+    if rows == 1:
+        return lambda x: torch.baddbmm(bias, x.expand(parts, 1, -1), weight).view(1, out)
     return lambda x: torch.baddbmm(bias, x.expand(parts, -1, -1), weight).transpose(0, 1).reshape(rows, out)
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None) -> torch.Tensor:
     """Draws a token for each row by inverse transform sampling. logits: (B, V); uniform: (B,) in [0, 1) -> (B,) int64."""
-    if temperature < 1e-30:  # which float32 would make 0
+    if temperature < 1e-20:  # or the quotient could be too large for float32
         return logits.argmax(-1)
-    logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # at most 0, as tiny temperatures would overflow
+    logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     probs = logits.softmax(-1)
