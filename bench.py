@@ -7,10 +7,10 @@
     python bench.py loss                               # the validation loss, exact, of random batches, past the window
     python bench.py quantize                           # ways to quantize a trained network, against float32
 """
-
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import os
 import statistics
@@ -75,25 +75,16 @@ def train_quietly(data_path, vocab_size):
 def compare_with_textbook(data_path, repeats):
     from textbook_bpe import textbook_bpe_encode, textbook_bpe_train
 
-    data = read_text(data_path).encode()
+    data, results = read_text(data_path).encode(), {}
     tokenizer = train_quietly(data_path, 500)
-    merges = tokenizer.merges
-    results = {}
-
-    def textbook_train():
-        results["textbook"] = textbook_bpe_train(data, 500)
-
-    def textbook_encode():
-        results["ids"] = textbook_bpe_encode(data, merges)
-
     for name, textbook, ours in (
-        ("train 500 tokens", textbook_train, lambda: train_quietly(data_path, 500)),
-        ("encode the text", textbook_encode, lambda: tokenizer.encode_array(data)),
+        ("train 500 tokens", lambda: results.update(trained=textbook_bpe_train(data, 500)), lambda: train_quietly(data_path, 500)),
+        ("encode the text", lambda: results.update(ids=textbook_bpe_encode(data, tokenizer.merges)), lambda: tokenizer.encode_array(data)),
     ):
         slow, fast = alternate([textbook, ours], repeats, [1, 15])
         print(f"{name:18} textbook {slow:5.2f} s, ours {fast:.4f} s: {slow / fast:.0f} times faster", flush=True)
     ids = tokenizer.encode_array(data).tolist()
-    same = results["textbook"] == (merges, ids) and results["ids"] == ids
+    same = results == {"trained": (tokenizer.merges, ids), "ids": ids}
     print(f"{'merges and ids':18} {'the same' if same else 'DIFFERENT'}, {len(ids):,} tokens")
 
     line = max(data[:4096].splitlines(), key=len)
@@ -278,23 +269,16 @@ def bench_quantize(args):
     starts = side_by_side(val, network.config.block_size)
     floats, per_channel = network.state_dict(), quantize_dynamic(network)
 
-    def float_embeddings(weights):
-        return {name: floats[name] if "embedding" in name else weight for name, weight in weights.items()
-                if not name.endswith("embedding.scale")}
-
-    def per_tensor(weights):
-        weights = dict(weights)
-        for name in [name for name, weight in weights.items() if weight.dtype == torch.int8 and "embedding" not in name]:
+    float_embeddings = {name: floats[name] if "embedding" in name else weight for name, weight in per_channel.items()
+                        if not name.endswith("embedding.scale")}
+    per_tensor = dict(per_channel)
+    for name, weight in per_channel.items():
+        if weight.dtype == torch.int8 and "embedding" not in name:
             scale = floats[name].abs().max() / 127
-            weights[name] = (floats[name] / scale).round().to(torch.int8)
-            weights[name.replace(".weight", ".scale")] = scale.repeat(len(floats[name]))
-        return weights
+            per_tensor[name] = (floats[name] / scale).round().to(torch.int8)
+            per_tensor[name.replace(".weight", ".scale")] = scale.repeat(len(floats[name]))
 
-    class FullRange(Int8Linear):
-        def forward(self, x):
-            return torch.ops.quantized.linear_dynamic.default(x, self.packed, False)
-
-    def build(weights, linear=Int8Linear):
+    def build(weights, seven_bits=True):
         weights, model = dict(weights), copy.deepcopy(network)
         for name in "token_embedding", "position_embedding":  # `use_int8` expects them quantized
             if f"{name}.scale" not in weights:
@@ -303,15 +287,15 @@ def bench_quantize(args):
         model.load_state_dict(weights, assign=True)
         for layer in model.modules():
             if isinstance(layer, Int8Linear):
-                layer.__class__ = linear
+                layer.seven_bits &= seven_bits
         return model
 
     variants = {
         "float32": (floats, network),
         "**per channel, embeddings too**": (per_channel, build(per_channel)),
-        "per channel, embeddings in float32": (float_embeddings(per_channel), build(float_embeddings(per_channel))),
-        "per tensor": (per_tensor(per_channel), build(per_tensor(per_channel))),
-        "per channel, inputs in 8 bits, not 7": (per_channel, build(per_channel, FullRange)),
+        "per channel, embeddings in float32": (float_embeddings, build(float_embeddings)),
+        "per tensor": (per_tensor, build(per_tensor)),
+        "per channel, inputs in 8 bits, not 7": (per_channel, build(per_channel, seven_bits=False)),
     }
     T = network.config.block_size
     one, eight = torch.tensor([tokenizer.encode_array("\n").tolist()]), val[:8 * T].view(8, T)
@@ -322,40 +306,35 @@ def bench_quantize(args):
             model(eight)
 
     jobs = (lambda model: model.generate(one, 400, seed=0)), (lambda model: model.generate(one.expand(64, -1), 100, seed=0)), read
-    times = {name: [[] for _ in jobs] for name in variants}
-    for _ in range(args.repeats + 1):  # the first round warms up
-        for name, (_, model) in variants.items():
-            for job, list_ in zip(jobs, times[name]):
-                list_.append(seconds(lambda: job(model)))
+    runs = [functools.partial(job, model) for _, model in variants.values() for job in jobs]
+    for run in runs:  # warms up
+        run()
+    times = np.reshape(alternate(runs, args.repeats), (len(variants), len(jobs)))
     print(f"{args.out_dir / 'model.pt'}, iteration {checkpoint['iteration']}; speeds are ratios to float32\n")
     print("| weights | file | validation loss | one stream | 64 streams | reading 8 windows |\n|---|---:|---:|---:|---:|---:|")
-    base, base_loss = None, None
-    for name, (weights, model) in variants.items():
+    base_loss = None
+    for (name, (weights, model)), taken in zip(variants.items(), times):
         buffer, loss = io.BytesIO(), mean_loss(model, val, starts)
         torch.save({"model": weights}, buffer)
-        speed = [statistics.median(list_[1:]) for list_ in times[name]]
-        base, base_loss = base or speed, base_loss or loss
+        base_loss = base_loss or loss
         print(f"| {name} | {len(buffer.getvalue()) / 1e6:.2f} MB | {loss:.4f} ({loss / base_loss - 1:+.2%}) | "
-              + " | ".join(f"{slow / fast:.2f}" for slow, fast in zip(base, speed)) + " |")
+              + " | ".join(f"{ratio:.2f}" for ratio in times[0] / taken) + " |")
 
 
 # ---------------------------------------------------------------------------- command line
 
 
-def sizes(argument):
-    """"1,10" -> [1, 10], for argparse, which reports the ValueError as a usage error."""
-    values = [int(value) for value in argument.split(",")]
-    if min(values) < 1:
-        raise ValueError
-    return values
-
-
 def positive(argument):
-    """"1" -> 1, for argparse as well."""
+    """"1" -> 1, for argparse, which reports the ValueError as a usage error."""
     value = int(argument)
     if value < 1:
         raise ValueError
     return value
+
+
+def sizes(argument):
+    """"1,10" -> [1, 10], for argparse as well."""
+    return [positive(value) for value in argument.split(",")]
 
 
 def parse_args():

@@ -1,5 +1,4 @@
-"""
-Samples text from a trained network.
+"""Samples text from a trained network.
 
     python generate.py                                          # 500 tokens, starting from a line end
     python generate.py --prompt "ROMEO:" --temperature 0.8 --top_p 0.95
@@ -85,15 +84,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file to write to (default: the terminal)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
     args = parser.parse_args()
-    for name, value, ok, rule in (
-            ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
-            ("temperature", args.temperature, 0 <= args.temperature < float("inf"), "at least 0 and finite"),
-            ("top_k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
-            ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "more than 0 and at most 1"),
-            ("num_samples", args.num_samples, 1 <= args.num_samples <= 2**16, "at least 1 and at most 65536"),
-            ("seed", args.seed, args.seed is None or args.seed >= 0, "at least 0")):
+    for name, ok, rule in (
+            ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= args.temperature < float("inf"), "at least 0 and finite"),
+            ("top_k", args.top_k is None or args.top_k >= 1, "at least 1"),
+            ("top_p", args.top_p is None or 0 < args.top_p <= 1, "more than 0 and at most 1"),
+            ("num_samples", 1 <= args.num_samples <= 2**16, "at least 1 and at most 65536"),
+            ("seed", args.seed is None or args.seed >= 0, "at least 0")):
         if not ok:
-            parser.error(f"--{name} must be {rule}, not {value}")
+            parser.error(f"--{name} must be {rule}, not {getattr(args, name)}")
     return args
 
 

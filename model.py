@@ -1,5 +1,4 @@
-"""
-The network: a decoder-only Transformer (GPT), its key/value cache and its checkpoints.
+"""The network: a decoder-only Transformer (GPT), its key/value cache and its checkpoints.
 
     model = GPT(GPTConfig())                        # 3,514,836 parameters
     logits, loss = model(idx, targets)              # idx, targets: (B, T) int64
@@ -218,8 +217,8 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
         x = self.token_embedding(idx) + self.position_embedding.weight[:T]  # (B, T) -> (B, T, C)
-        for block, cache in zip(self.blocks, [None] * len(self.blocks) if caches is None else caches):
-            x = block(x, cache)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, None if caches is None else caches[layer])
         return self.ln(x)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -425,11 +424,12 @@ def mean_loss(model: GPT, data: torch.Tensor, starts: torch.Tensor) -> float:
 
 def choose_device(name: str) -> torch.device:
     """The device asked for, or the fastest there is for `auto`. Raises ValueError if it is not there."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    kind, colon, index = (there[0] if name == "auto" else name).partition(":")
-    if kind not in there or colon and (not index.isdecimal() or int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
+    there = [f"cuda:{number}" for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    chosen = {"auto": there[0], "cuda": "cuda:0"}.get(name, name)  # with its number, which set_device wants
+    if chosen not in there:
         raise ValueError(f"--device {name}: not on this machine, which has {', '.join(there)}")
-    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)  # set_device wants a number
+    return torch.device(chosen)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -437,7 +437,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
-        return torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else torch.float32
+        return torch.bfloat16 if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else torch.float32
     if device.type != "cuda":
         return torch.float32
     # torch.cuda.is_bf16_supported() says yes on a T4, too, which emulates it slowly
@@ -514,16 +514,15 @@ def quantize_dynamic(model: GPT) -> dict[str, torch.Tensor]:
 def use_int8(model: GPT, weights: dict[str, torch.Tensor]) -> None:
     """Replaces the linear layers of `model` by int8 ones, taking out of `weights` what `quantize_dynamic` put there."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            parts = weights.pop(f"{name}.weight"), weights.pop(f"{name}.scale"), weights.pop(f"{name}.bias", None)
-            if parts[0].shape != module.weight.shape or parts[1].shape != parts[0].shape[:1] or (parts[2] is None) != (module.bias is None):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            weight, scale, bias = weights.pop(f"{name}.weight"), weights.pop(f"{name}.scale"), weights.pop(f"{name}.bias", None)
+            has_bias = getattr(module, "bias", None) is not None
+            if weight.shape != module.weight.shape or scale.shape != weight.shape[:1] or has_bias != (bias is not None):
                 raise ValueError(f"{name} has the wrong shape")
-            model.set_submodule(name, Int8Linear(*parts))
-        elif isinstance(module, nn.Embedding):  # looked up, not multiplied: floats serve it best in memory
-            weight, scale = weights[f"{name}.weight"], weights.pop(f"{name}.scale")
-            if weight.shape != module.weight.shape or scale.shape != weight.shape[:1]:
-                raise ValueError(f"{name} has the wrong shape")
-            weights[f"{name}.weight"] = weight * scale[:, None]
+            if isinstance(module, nn.Linear):
+                model.set_submodule(name, Int8Linear(weight, scale, bias))
+            else:  # looked up, not multiplied: floats serve it best in memory
+                weights[f"{name}.weight"] = weight * scale[:, None]
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

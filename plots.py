@@ -8,6 +8,7 @@ metrics.csv has a row per evaluation; histograms.npz the ReLU outputs and gradie
 loads the network.
 """
 import argparse
+import math
 import sys
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from tokenizer import atomic_write, default_run, visible
 
@@ -218,10 +219,10 @@ def draw_loss(metrics):
     axes.plot(iteration, metrics["train_loss"], color=TRAIN_COLOR, label="train", **line_style(metrics))
     axes.plot(iteration, val, color=VAL_COLOR, label="validation", **line_style(metrics))
     if same_text_and_tokenizer(metrics):
-        end = max(1, np.searchsorted(REFERENCE_ITERATION, iteration[-1]))  # its first point at or past our end
-        shown = slice(1, end + 1)  # from 500: a straight line from 0 to there would be far above what it really did
-        thin = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 5, "alpha": 0.75}
         if iteration[-1] >= REFERENCE_ITERATION[1]:
+            end = np.searchsorted(REFERENCE_ITERATION, iteration[-1])  # its first point at or past our end
+            shown = slice(1, end + 1)  # from 500: a straight line from 0 to there would be far above what it really did
+            thin = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 5, "alpha": 0.75}
             x = REFERENCE_ITERATION[shown]
             axes.plot(x, REFERENCE_TRAIN[shown], color=TRAIN_COLOR, label="train, published run", **thin)
             axes.plot(x, REFERENCE_VAL[shown], color=VAL_COLOR, label="validation, published run", **thin)
@@ -248,7 +249,7 @@ def draw_loss(metrics):
         tokens, epochs = metrics["tokens_seen"][-1] / iteration[-1], metrics["epochs"][-1] / iteration[-1]
         top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens / 1e6, lambda x: x / tokens * 1e6))
         top.set_xlabel("million tokens seen (passes over the training text)")
-        top.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} ({x * 1e6 * epochs / tokens:.3g})"))
+        top.xaxis.set_major_formatter(lambda x, _: f"{x:g} ({x * 1e6 * epochs / tokens:.3g})")
 
     rate = metrics["learning_rate"]
     strip.plot(iteration, rate, color=GREY, **line_style(metrics))
@@ -359,22 +360,19 @@ def draw_attention(tokens, weights):
 
 def draw_expected(ids, labels, probs):
     """The text, each token shaded by the probability the network gave it, and above it what it thought likeliest."""
-    lines = -(-(len(ids) - 1) // 10)
-    per_line = -(-(len(ids) - 1) // lines)  # lines of about the same length
+    lines = math.ceil((len(ids) - 1) / 10)
+    per_line = math.ceil((len(ids) - 1) / lines)  # lines of about the same length
     figure = Figure(figsize=(WIDTH, 0.75 * lines + 1))
     axes = figure.subplots()
-    colors = matplotlib.colormaps["Blues"]
+    colors, center = matplotlib.colormaps["Blues"], {"horizontalalignment": "center", "verticalalignment": "center"}
     for place, (token, before) in enumerate(zip(ids[1:], probs)):
         row, column = divmod(place, per_line)
-        share, likeliest = before[token], before.argmax()
+        x, share, likeliest = column + 0.48, before[token], before.argmax()
         axes.add_patch(matplotlib.patches.Rectangle((column, row), 0.96, 0.55, color=colors(0.85 * share)))
-        axes.text(column + 0.48, row + 0.22, labels[token], family="monospace", fontsize=11, color="white" if share > 0.55 else "black",
-                  horizontalalignment="center", verticalalignment="center")
-        axes.text(column + 0.48, row + 0.44, f"{share:.1%}", fontsize=6.5, color="white" if share > 0.55 else "#444444",
-                  horizontalalignment="center", verticalalignment="center")
+        axes.text(x, row + 0.22, labels[token], family="monospace", fontsize=11, color="white" if share > 0.55 else "black", **center)
+        axes.text(x, row + 0.44, f"{share:.1%}", fontsize=6.5, color="white" if share > 0.55 else "#444444", **center)
         if likeliest != token:
-            axes.text(column + 0.48, row - 0.12, f"{labels[likeliest]} {before[likeliest]:.0%}", fontsize=7, color=GREY,
-                      family="monospace", horizontalalignment="center", verticalalignment="center")
+            axes.text(x, row - 0.12, f"{labels[likeliest]} {before[likeliest]:.0%}", family="monospace", fontsize=7, color=GREY, **center)
     nats = -np.log(probs[np.arange(len(ids) - 1), ids[1:]]).mean()
     axes.set(xlim=(0, per_line), ylim=(lines - 0.35, -0.3))
     axes.axis("off")
@@ -386,7 +384,7 @@ def draw_expected(ids, labels, probs):
 def save(figure, path):
     """Write `figure` to `path`, in the format of its suffix, the same bytes for the same figure."""
     with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(file, format=path.suffix[1:], metadata={"Date": None})
     print(path)
 
 

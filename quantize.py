@@ -1,5 +1,4 @@
-"""
-Shrinks a trained network to a quarter: every matrix in int8 (PyTorch's dynamic quantization).
+"""Shrinks a trained network to a quarter: every matrix in int8 (PyTorch's dynamic quantization).
 
     python quantize.py                                          # model.pt of your run, or of the pretrained network -> model_int8.pt
     python generate.py --checkpoint checkpoints/model_int8.pt
@@ -25,20 +24,20 @@ KEPT = {"config", "tokenizer", "text", "iteration", "train_loss", "val_loss", "v
 
 def memory_bytes(model: GPT) -> int:
     """Bytes the weights take in memory, those packed for the int8 kernels included."""
-    return sum(p.numel() * p.element_size() for p in model.parameters()) + sum(
+    return sum(p.nbytes for p in model.parameters()) + sum(
         layer.memory_bytes for layer in model.modules() if hasattr(layer, "memory_bytes"))
 
 
-def tokens_per_second(model: GPT, start: torch.Tensor, count: int) -> float:
-    """Speed of sampling `count` tokens after start, (1, T) int64."""
+def tokens_per_second(model: GPT, start: torch.Tensor) -> float:
+    """Speed of sampling 200 tokens after start, (1, T) int64."""
     started = time.perf_counter()
-    model.generate(start, count, seed=0)
-    return count / (time.perf_counter() - started)
+    model.generate(start, 200, seed=0)
+    return 200 / (time.perf_counter() - started)
 
 
 def compare(before: GPT, after: GPT, paths: tuple[Path, Path], val: torch.Tensor, tokens_per_char: float, start: torch.Tensor) -> str:
     """The table of size, loss and speed before and after. val: (N,) int64; start: (1, T) int64, what speed is measured from."""
-    speeds = [(tokens_per_second(before, start, 200), tokens_per_second(after, start, 200)) for _ in range(5)]  # in turn
+    speeds = [[tokens_per_second(model, start) for model in (before, after)] for _ in range(5)]  # in turn
     losses = [mean_loss(model, val, side_by_side(val, model.config.block_size)) for model in (before, after)]
     rows = [("size on disk, MB", *(path.stat().st_size / 1e6 for path in paths), 2),
             ("size in memory, MB", memory_bytes(before) / 1e6, memory_bytes(after) / 1e6, 2),
@@ -64,8 +63,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # the samples, whatever the terminal can show
     args = parse_args()
     out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else default_run("model.pt"))
-    path, out = args.checkpoint or out_dir / "model.pt", args.out or out_dir / "model_int8.pt"
-    find_checkpoint(path)
+    path, out = find_checkpoint(args.checkpoint or out_dir / "model.pt"), args.out or out_dir / "model_int8.pt"
     tokenizer = BasicTokenizer(out_dir=out_dir)
     before, checkpoint = load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
     if checkpoint.get("int8"):

@@ -9,7 +9,6 @@ Tokens 0 to 255 are the bytes. Each further token is the most frequent pair of n
 merged into one (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a pair, `learn` chooses the
 pairs, `BasicTokenizer` applies them to any text; the rest of the file reads and writes files.
 """
-
 import argparse
 import codecs
 import hashlib
@@ -148,9 +147,8 @@ def learn(tokens, vocab_size):
     Raises:
         ValueError: if the text runs out of pairs.
     """
-    heap, most = [], count_pairs(tokens.head[:-1])
-    for pair, count in most.items():
-        heappush(heap, (-count, 0, pair))
+    most = count_pairs(tokens.head[:-1])
+    heap = sorted((-count, 0, pair) for pair, count in most.items())  # a sorted list is a heap
     for new in range(256, vocab_size):
         pair, places = pop_best(heap, most, tokens)
         if not pair:
@@ -376,8 +374,8 @@ def read_text(path):
         raise ValueError(f"cannot read {path}: {error.strerror}; pass a text with --data_path") from error
     if not data:
         raise ValueError(f"{path} is empty: pass a text with --data_path")
-    nuls = data.count(0, 0, 1 << 16), data[:1 << 16:2].count(0)
-    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or nuls[0] > 99 and nuls[1] in (0, nuls[0]):
+    zeros, at_even_places = data.count(0, 0, 1 << 16), data[:1 << 16:2].count(0)
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or zeros > 99 and at_even_places in (0, zeros):
         raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8")
     if 0 in data:
         raise ValueError(f"{path} is binary (byte {data.index(0)} is zero): pass a text with --data_path")

@@ -1,5 +1,4 @@
-"""
-Trains the network on a text, and its tokenizer first if there is none.
+"""Trains the network on a text, and its tokenizer first if there is none.
 
     python train.py                                             # Tiny Shakespeare with the published hyperparameters
     python train.py --preset fast                               # a lower loss after 600 iterations than those after 5,000; or best
@@ -59,9 +58,9 @@ def load_tokenizer(out_dir: Path, data_path: Path, vocab_size: int) -> BasicToke
         print(f"training a tokenizer of {vocab_size} tokens on {data_path}")
         return BasicTokenizer(data_path, vocab_size, out_dir=out_dir)
     tokenizer = BasicTokenizer(out_dir=out_dir)
-    if len(tokenizer.vocab) != vocab_size:
-        raise ValueError(f"the tokenizer in {out_dir} has {len(tokenizer.vocab)} tokens, not {vocab_size}: "
-                         f"use --vocab_size {len(tokenizer.vocab)}, or another --out_dir")
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(f"the tokenizer in {out_dir} has {tokenizer.vocab_size} tokens, not {vocab_size}: "
+                         f"use --vocab_size {tokenizer.vocab_size}, or another --out_dir")
     return tokenizer
 
 
@@ -260,10 +259,10 @@ class Trainer:
 
     def summary(self) -> str:
         """What is about to run, in one line."""
-        return (f"{sum(p.numel() for p in self.model.parameters()):,} parameters in {str(self.dtype)[6:]} on "
-                f"{f'{self.world_size} x ' if self.world_size > 1 else ''}{self.device.type}{', compiled' if self.compiled else ''}; "
-                f"{len(self.data['train']):,} tokens to train on, {len(self.data['val']):,} to validate on; iterations "
-                f"{self.iteration} to {self.args.max_iters} of {self.args.batch_size} x {self.args.block_size} tokens")
+        machine = self.device.type if self.world_size == 1 else f"{self.world_size} x {self.device.type}"
+        return (f"{sum(p.numel() for p in self.model.parameters()):,} parameters in {str(self.dtype)[6:]} on {machine}"
+                f"{', compiled' if self.compiled else ''}; {len(self.data['train']):,} tokens to train on, {len(self.data['val']):,} "
+                f"to validate on; iterations {self.iteration} to {self.args.max_iters} of {self.args.batch_size} x {self.args.block_size} tokens")
 
     def join_others(self) -> None:
         """Meets the other processes that torchrun started, each on a GPU of its own or on the CPU."""
@@ -364,15 +363,14 @@ class Trainer:
         if last["iteration"] < 0:
             raise ValueError("less than no iterations")
         for optimizer, state in zip(self.optimizers, last["optimizers"]):
-            asked = [{name: group[name] for name in ("weight_decay", "betas") if name in group} for group in optimizer.param_groups]
             weights = [p for group in optimizer.param_groups for p in group["params"]]
             if any(value.shape not in (weights[number].shape, ()) for number, values in state["state"].items() for value in values.values()):
                 raise ValueError("moments of other weights")
             if any(values.keys() != state["state"][0].keys() for values in state["state"].values()):
                 raise ValueError("a moment that is missing")
+            for saved, group in zip(state["param_groups"], optimizer.param_groups):  # these flags may be given anew
+                saved |= {name: group[name] for name in ("weight_decay", "betas") if name in group}
             optimizer.load_state_dict(state)
-            for group, flags in zip(optimizer.param_groups, asked):
-                group |= flags
         if last["scaler"]:
             self.scaler.load_state_dict(last["scaler"])
         if (last["device"], len(last["random"])) == (self.device.type, self.world_size):
@@ -391,9 +389,8 @@ class Trainer:
         """Trains up to max_iters, or until a signal comes, evaluating and saving on the way."""
         args, saved, shown = self.args, time.monotonic(), 0.0
         self.started, self.mark = time.monotonic() - self.seconds, (self.iteration, time.monotonic())
-        bar = tqdm(total=args.max_iters, initial=self.iteration, unit="it", dynamic_ncols=True,
-                   disable=not (self.master and sys.stderr.isatty()))
-        with bar:
+        with tqdm(total=args.max_iters, initial=self.iteration, unit="it", dynamic_ncols=True,
+                  disable=not (self.master and sys.stderr.isatty())) as bar:
             while True:
                 if self.iteration % args.eval_interval == 0 or self.iteration >= args.max_iters:
                     if not self.metrics or self.metrics[-1]["iteration"] < self.iteration:
@@ -429,8 +426,8 @@ class Trainer:
                 group["lr"] = peak * schedule(self.iteration, args)
         starts = torch.randint(len(data) - args.block_size, (args.batch_size,), generator=self.batches, device=self.device)
         mine = starts.chunk(self.world_size)[self.rank]
-        parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else (
-            mine.split(CPU_BATCH) if self.device.type == "cpu" else [mine])
+        at_once = CPU_BATCH if self.device.type == "cpu" else len(mine)
+        parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else mine.split(at_once)
         self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(parts, 1):
@@ -637,9 +634,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                          help="fuse the network with torch.compile (default: where it can, on CUDA)")
 
+    parser.set_defaults(**PRESETS[parser.parse_args().preset])
     args, last = parser.parse_args(), None
-    parser.set_defaults(**PRESETS[args.preset])
-    args = parser.parse_args()
     if args.resume and args.preset != "reference":
         parser.error("--preset is for a new run: --resume goes on with the flags of the run it finds")
     if args.resume:
@@ -654,9 +650,9 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         if saved.get("compile") is not None:
             flags.append("--compile" if saved["compile"] else "--no-compile")
         args = parser.parse_args(flags + sys.argv[1:])
+        if args.seed != saved.get("seed", args.seed):
+            parser.error(f"--seed was {saved['seed']} when this run began, and cannot change any more")
         for name, value in vars(args).items():
-            if name == "seed" and value != saved.get(name, value):
-                parser.error(f"--seed was {saved[name]} when this run began, and cannot change any more")
             if name in saved.keys() - {"preset"} and str(saved[name]) != str(value) and int(os.environ.get("RANK", 0)) == 0:
                 print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on")
     if args.lr_decay_iters is None:
@@ -681,10 +677,9 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # every line at once; a sample, whatever the terminal can show
     args, last = parse_args()
     master = int(os.environ.get("RANK", 0)) == 0
-    if master:
-        if args.data_path == DEFAULT_TEXT and not DEFAULT_TEXT.exists():
-            if subprocess.run([sys.executable, DEFAULT_TEXT.with_name("prepare.py")]).returncode:
-                sys.exit(1)  # it has said why
+    if master and args.data_path == DEFAULT_TEXT and not DEFAULT_TEXT.exists():
+        if subprocess.run([sys.executable, DEFAULT_TEXT.with_name("prepare.py")]).returncode:
+            sys.exit(1)  # it has said why
     trainer = Trainer(args, last)
     if master:
         if not args.resume:
@@ -693,9 +688,10 @@ def main() -> None:
         if trainer.iteration == args.max_iters:
             print("this run is complete: a larger --max_iters goes on")
     trainer.run()
+    folder = [] if args.out_dir == CHECKPOINTS else ["--out_dir", str(args.out_dir)]
     if master and trainer.stop.requested:
         start = ["python"] if trainer.world_size == 1 else ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-        command = start + [sys.argv[0], "--resume"] + ["--out_dir", str(args.out_dir)] * (args.out_dir != CHECKPOINTS)
+        command = [*start, sys.argv[0], "--resume", *folder]
         others = " on each machine, with its --nnodes and --rdzv flags" * (trainer.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         print(f"stopped and saved at iteration {trainer.iteration}; go on with: {shlex.join(command)}{others}")
     elif master:
@@ -703,8 +699,7 @@ def main() -> None:
         start = torch.tensor([trainer.tokenizer.encode_array("\n").tolist()])
         print(f"\na sample, from the weights of iteration {best['iteration']} (val loss {best['val_loss']:.4f}):")
         print(trainer.tokenizer.decode(model.generate(start, 200, seed=args.seed)[0].tolist()))
-        print(f"\nmodel.pt, metrics.csv and all else is in {args.out_dir}; more text: python generate.py"
-              + f" --out_dir {shlex.quote(str(args.out_dir))}" * (args.out_dir != CHECKPOINTS))
+        print(f"\nmodel.pt, metrics.csv and all else is in {args.out_dir}; more text: {shlex.join(['python', 'generate.py', *folder])}")
     if trainer.world_size > 1:
         dist.destroy_process_group()
     if trainer.stop.requested:
