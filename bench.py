@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import io
+import math
 import os
 import statistics
 import subprocess
@@ -46,9 +47,11 @@ def alternate(functions, repeats, often=None):
 
 
 def peak_memory():
-    """The most memory this process has held so far, in bytes."""
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """The most memory this process has held so far, in bytes; NaN on Windows."""
+    with contextlib.suppress(ImportError):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return math.nan
 
 
 # ---------------------------------------------------------------------------- tokenizer

@@ -452,7 +452,7 @@ def can_compile(device: torch.device) -> bool:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that there is not enough memory, of a GPU or of the machine; PyTorch says so in several ways."""
-    told = "out of memory", "enough memory", "allocate memory", "calculation overflowed"
+    told = "out of memory", "enough memory", "allocate memory", "calculation overflowed", "Invalid buffer size"
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in str(error) for words in told)
 
 

@@ -107,6 +107,8 @@ def histogram(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
     It is that of np.histogram, but made where the values are, so that they need not be copied from a GPU.
     """
+    if values.device.type == "mps":  # its histc makes a row of 100 numbers of each value
+        values = values.cpu()
     low, high = (value.item() for value in values.aminmax())
     if low == high:  # as in a layer that is dead
         low, high = low - 0.5, high + 0.5
@@ -134,7 +136,7 @@ class Stop:
 
 def lock(out_dir: Path):
     """Holds out_dir, made if need be, until this process ends in whatever way. Raises ValueError if another training holds it."""
-    if out_dir.resolve() == PRETRAINED:
+    if out_dir.exists() and PRETRAINED.exists() and out_dir.samefile(PRETRAINED):
         raise ValueError(f"--out_dir {out_dir} holds the network that comes with the repository: choose another folder")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -688,7 +690,7 @@ def main() -> None:
         if trainer.iteration == args.max_iters:
             print("this run is complete: a larger --max_iters goes on")
     trainer.run()
-    folder = [] if args.out_dir == CHECKPOINTS else ["--out_dir", str(args.out_dir)]
+    folder = [] if args.out_dir == CHECKPOINTS else ["--out_dir", args.out_dir.as_posix()]
     if master and trainer.stop.requested:
         start = ["python"] if trainer.world_size == 1 else ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
         command = [*start, sys.argv[0], "--resume", *folder]

@@ -70,4 +70,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a path, whatever the terminal can show
     main()
