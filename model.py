@@ -351,7 +351,8 @@ def norm(layer: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
 def few_rows(layer: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that does what a linear layer does, for an input of so many rows, (rows, in) -> (rows, out)."""
     if isinstance(layer, Int8Linear):
-        return layer.forward
+        product, packed, seven_bits = torch.ops.quantized.linear_dynamic.default, layer.packed, layer.seven_bits
+        return lambda x: product(x, packed, seven_bits)
     out, bias = layer.out_features, layer.bias if layer.bias is not None else layer.weight.new_zeros(layer.out_features)
     if layer.weight.device.type != "cpu" or rows > 16:
         weight = layer.weight.t()
