@@ -353,7 +353,7 @@ class Trainer:
             raise ValueError(f"the run in {self.args.out_dir} began {began} Muon: leave --muon_lr as it is")
         try:
             self.restore_state(last)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{self.args.out_dir / 'last.pt'} does not hold the state of this training: move it away, so that --resume "
                              "takes its predecessor, or start a new run in another --out_dir") from error
 

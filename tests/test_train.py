@@ -284,10 +284,12 @@ def test_a_run_of_any_number_of_evaluations_can_be_resumed(tiny_run):
     assert last["columns"] == columns and last["metrics"].shape == (30_001, len(columns)) and torch.equal(last["metrics"][:1], row)
 
 
-def test_a_last_pt_with_weights_of_another_type_is_refused(tiny_run):
+def test_a_last_pt_with_weights_of_another_type_or_absurd_metrics_is_refused(tiny_run):
     last = load_checkpoint(tiny_run / "last.pt")
-    torch.save(last | {"model": {name: weight.bfloat16() for name, weight in last["model"].items()}}, tiny_run / "last.pt")
-    assert "last.pt does not hold the state of this training" in complaint(run("train.py", "--resume", "--out_dir", tiny_run, "--max_iters", 62))
+    for change in {"model": {name: weight.bfloat16() for name, weight in last["model"].items()}}, {"metrics": last["metrics"] * torch.inf}:
+        torch.save(last | change, tiny_run / "last.pt")
+        process = run("train.py", "--resume", "--out_dir", tiny_run, "--max_iters", 62)
+        assert "last.pt does not hold the state of this training" in complaint(process)
 
 
 def test_a_run_saved_on_another_device_goes_on_and_says_so(tiny_run):
