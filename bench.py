@@ -247,7 +247,7 @@ def bench_loss(args):
                 places.append((part[:, None] + torch.arange(first, T + 1)).flatten())
         return torch.cat(places), torch.cat(values)
 
-    half = T // 2
+    half = max(1, T // 2)
     places, ours = losses(torch.arange(0, len(val) - T, T - half + 1), half)  # contexts of half a window to a whole one, as `stream` has
     some = torch.arange(half, len(places), 40)
     some = some[places[some] >= T]

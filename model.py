@@ -237,8 +237,9 @@ class GPT(nn.Module):
 
         temperature divides the logits (0 always takes the likeliest token); top_k keeps the k likeliest tokens, top_p the
         likeliest whose probabilities reach p together (Holtzman et al. 2020). Each row has a random stream of its own,
-        made from seed and the row's number, so that, up to rounding, it does not depend on how many rows there are; without a seed every
-        call differs. Only the last block_size tokens of idx count.
+        made from seed and the row's number, so that, up to rounding, it does not depend on how many rows there are (but for an int8
+        network, whose inputs are rounded by a scale that all rows share); without a seed every call differs. Only the last block_size
+        tokens of idx count.
         Raises ValueError if idx holds none.
         """
         if idx.shape[1] == 0:
@@ -458,7 +459,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear with int8 weights, one scale for each output channel; it quantizes its input, too, each time it is called.
+    """nn.Linear with int8 weights, one scale for each output channel; it quantizes its input, too, with one scale, at each call.
 
     weight: (out, in) int8; scale: (out,) float32; bias: (out,) float32 or None. Runs on the CPU only.
     """

@@ -33,7 +33,7 @@ NETWORK_FILES = "model.pt", "last.pt", "model_int8.pt"  # of a trained network, 
 SHORT = 8192  # bytes up to which replacing in a string encodes faster than an index of the text does
 BLOCK = 1 << 21  # bytes encoded or counted at a time, which bounds the memory
 MAX_VOCAB = 1 << 20  # a token is also a character (see `_encode_short`), and Unicode ends at 0x10FFFF
-MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens: a crafted one must not fill the memory
+MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens: they must not fill the memory
 
 
 class TokenSequence:
@@ -227,10 +227,13 @@ class BasicTokenizer:
             raise ValueError(f"vocab_size must be from 256 (the bytes) to {MAX_VOCAB}, not {self.vocab_size}")
         data = read_text(self.data_path).encode()
         tokens = TokenSequence(data, self.vocab_size)
-        merges, vocab = {}, spell({})
+        merges, vocab, size = {}, spell({}), 0
         total, steps = self.vocab_size - 256, learn(tokens, self.vocab_size)
         for pair, new, count in tqdm(steps, "merges", total, delay=1, leave=False, disable=None):
             merges[pair], vocab[new] = new, vocab[pair[0]] + vocab[pair[1]]
+            size += len(vocab[new]) + 32  # more than a file will take for it
+            if size > MAX_BYTES:  # once every pair is alone, each token is the one before and a little more of the text
+                raise ValueError(f"the tokens become too long: vocab_size can be {new} at most, not {self.vocab_size}")
             if self.verbose:
                 tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) "
                            f"had {count} occurrences")
@@ -255,7 +258,8 @@ class BasicTokenizer:
         """Token ids of a str or bytes, prints nothing: uint16 (tokens,), uint32 for more than 65,535 tokens.
 
         With `dropout` every single merge is left out with that probability, drawn from `rng`, a NumPy Generator: the
-        same text, spelled in other tokens each time (BPE-dropout, Provilkov et al. 2020).
+        same text, spelled in other tokens each time (BPE-dropout, Provilkov et al. 2020, where a merge left out is
+        drawn again after each of those that follow; here it is drawn once).
         """
         data = to_bytes(text)
         if len(data) <= SHORT and not (data and dropout):
@@ -302,8 +306,9 @@ class BasicTokenizer:
             raise ValueError(f"there is no token {error}: the ids are 0 to {self.vocab_size - 1}") from None
 
     def count_characters(self, ids):
-        """How many characters token ids spell: bytes, but for those that continue a UTF-8 character."""
-        return int((np.frombuffer(self.decode_bytes(ids), np.uint8) & 0xC0 != 0x80).sum())
+        """How many characters an array of token ids spells: bytes, but for those that continue a UTF-8 character."""
+        characters = [sum(byte & 0xC0 != 0x80 for byte in self.vocab[token]) for token in range(self.vocab_size)]
+        return int(np.bincount(ids, minlength=self.vocab_size) @ characters)
 
 
 def default_run(file):

@@ -71,8 +71,6 @@ def build_optimizers(model: GPT, args: argparse.Namespace) -> list[torch.optim.O
 
     Both decay matrices only, not biases and norms.
     """
-    if args.muon_lr and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"--muon_lr needs PyTorch 2.9 or newer, not {torch.__version__}: pip install -r requirements.txt")
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2] if args.muon_lr else []
     for_adamw = [p for p in model.parameters() if all(p is not q for q in for_muon)]
     groups = [{"params": [p for p in for_adamw if p.dim() == 2], "weight_decay": args.weight_decay},
@@ -197,7 +195,7 @@ def save_last(out_dir: Path, last: dict) -> None:
     (out_dir / "last.pt.new").replace(out_dir / "last.pt")
 
 
-def save_metrics(out_dir: Path, rows: list[dict], histograms: dict[str, np.ndarray]) -> None:
+def save_metrics(out_dir: Path, rows: list[dict], histograms: dict[str, list[np.ndarray]]) -> None:
     """Writes metrics.csv, a row for each evaluation so far, and histograms.npz of the last one."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, rows[-1], extrasaction="ignore")
@@ -296,7 +294,7 @@ class Trainer:
         self.tokenizer, self.text_hash = tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest()
         self.tokens_per_char = {name: len(part) / tokenizer.count_characters(part) for name, part in (("train", train), ("val", val))}
         self.data = {name: self.on_device(part) for name, part in (("train", train), ("val", val))}
-        self.spelled, self.train_text = (None, None), tokenizer.decode_bytes(train.tolist()) if args.bpe_dropout else b""
+        self.spelled, self.train_text = (None, None), text.encode()[:-len(tokenizer.decode_bytes(val.tolist()))] if args.bpe_dropout else b""
         self.starts = {"val": side_by_side(self.data["val"], args.block_size)}
         self.starts["train"] = side_by_side(self.data["train"], args.block_size, len(self.starts["val"]))
 
@@ -336,7 +334,7 @@ class Trainer:
         return self.spelled[1]
 
     def restore(self, last: dict) -> None:
-        """Goes on exactly where `last` was saved. Raises ValueError if it was another network or another text."""
+        """Goes on where `last` was saved: exactly there, on the same device. Raises ValueError for another network or another text."""
         if last["text"] != self.text_hash or last["tokenizer"] != self.tokenizer.fingerprint:
             raise ValueError(f"{self.args.data_path} and the tokenizer in {self.args.out_dir} are not those this run began with: "
                              "restore them, or start a new run in another --out_dir")
@@ -375,12 +373,18 @@ class Trainer:
             optimizer.load_state_dict(state)
         if last["scaler"]:
             self.scaler.load_state_dict(last["scaler"])
-        if (last["device"], len(last["random"])) == (self.device.type, self.world_size):
+        fresh = self.args.seed + last["iteration"]  # a seed that does not repeat the run's first draws, where their state is of no use
+        if last["device"] == self.device.type:
             self.batches.set_state(last["batches"])
+        else:
+            self.batches.manual_seed(fresh)
+        if (last["device"], len(last["random"])) == (self.device.type, self.world_size):
             self.random.set_rng_state(last["random"][self.rank])
-        elif self.master:
-            print(f"saved on {len(last['random'])} x {last['device']}, going on on {self.world_size} x {self.device.type}: "
-                  "batches and dropout will be others than those of an unbroken run")
+        else:
+            self.random.manual_seed(fresh + self.rank)
+            if self.master:
+                print(f"saved on {len(last['random'])} x {last['device']}, going on on {self.world_size} x {self.device.type}: "
+                      "from here on it differs from an unbroken run")
         if len({*last["columns"]}) < len(last["columns"]) or not {"train_loss", "val_loss", "val_nats_per_char"} <= {*last["columns"]}:
             raise ValueError("metrics without their columns")
         rows = [dict(zip(last["columns"], row, strict=True)) for row in last["metrics"].tolist()]
@@ -512,31 +516,34 @@ class Trainer:
             dist.all_reduce(total)
         return total.item() / len(starts)
 
-    def inspect_relus(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    def inspect_relus(self) -> tuple[dict[str, float], dict[str, list[np.ndarray]]]:
         """Statistics and histograms of each ReLU's outputs for a fixed batch, without dropout, and of the loss's gradient there.
 
         `zeros` is the share of outputs that are 0, `dead` the share of units that are 0 for every token of the batch.
         """
-        outputs = []
+        outputs, pieces = [], []
         hooks = [block.ffwd.relu.register_forward_hook(lambda module, inputs, output: outputs.append(output))
                  for block in self.model.blocks]
         self.model.eval()
         at_once = self.args.batch_size / self.world_size / (self.args.gradient_accumulation_steps or 1)  # as a GPU has room for that
         some = min(64, math.ceil(at_once))
-        loss = self.model(*windows(self.data["train"], self.starts["train"][:some], self.args.block_size))[1]
-        gradients = torch.autograd.grad(loss, outputs)
+        for part in self.starts["train"][:some].split(CPU_BATCH):  # so few at once take less memory than training does
+            loss = self.model(*windows(self.data["train"], part, self.args.block_size))[1] * (len(part) / some)
+            pieces.append([(out.detach(), grad) for out, grad in zip(outputs, torch.autograd.grad(loss, outputs))])
+            outputs.clear()
         self.model.train()
         for hook in hooks:
             hook.remove()
         stats, histograms = {}, {}
-        for layer, (out, grad) in enumerate(zip(outputs, gradients), 1):
+        for layer, pairs in enumerate(zip(*pieces), 1):
+            out, grad = (torch.cat(tensors) for tensors in zip(*pairs))  # each (tokens, units)
             stats |= {f"relu{layer}_mean": out.mean().item(), f"relu{layer}_std": out.std().item(),
                       f"relu{layer}_zeros": (out == 0).float().mean().item(),
                       f"relu{layer}_dead": (out == 0).all(0).float().mean().item(),
                       f"relu{layer}_grad_mean": grad.mean().item(), f"relu{layer}_grad_std": grad.std().item()}
-        for name, tensors in ("relu", outputs), ("relu_grad", gradients):
-            counts, edges = zip(*(histogram(t.detach()) for t in tensors))
-            histograms |= {f"{name}_counts": np.array(counts), f"{name}_edges": np.array(edges)}
+            for name, values in ("relu", out), ("relu_grad", grad):
+                for kind, numbers in zip(("counts", "edges"), histogram(values)):
+                    histograms.setdefault(f"{name}_{kind}", []).append(numbers)
         return stats, histograms
 
     def checkpoint(self) -> dict:

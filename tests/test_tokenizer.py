@@ -269,6 +269,17 @@ def test_too_few_pairs_says_how_large_the_vocabulary_can_be(tmp_path):
     BasicTokenizer(tmp_path / "text.txt", 259, out_dir=tmp_path)
 
 
+def test_a_vocabulary_too_long_to_load_again_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tok, "MAX_BYTES", 1 << 15)
+    (tmp_path / "text.txt").write_bytes(random.Random(0).randbytes(1000).hex().encode())
+    with pytest.raises(ValueError, match="the tokens become too long: vocab_size can be [0-9]+ at most, not 2000") as error:
+        BasicTokenizer(tmp_path / "text.txt", 2000, out_dir=tmp_path)
+    assert not (tmp_path / "merges.pkl").exists()
+    largest = int(str(error.value).split(" at most")[0].split()[-1])
+    BasicTokenizer(tmp_path / "text.txt", largest, out_dir=tmp_path)
+    assert BasicTokenizer(out_dir=tmp_path).vocab_size == largest
+
+
 def test_decode_names_an_unknown_id(small):
     for token in (260, -1):
         with pytest.raises(ValueError, match=f"no token {token}: the ids are 0 to 259"):

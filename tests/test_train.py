@@ -298,6 +298,10 @@ def test_a_run_saved_on_another_device_goes_on_and_says_so(tiny_run):
     torch.save(last, tiny_run / "last.pt")
     process = run("train.py", "--resume", "--out_dir", tiny_run, "--max_iters", 62)
     assert process.returncode == 0 and "saved on 1 x cuda, going on on 1 x cpu" in process.stdout, process.stderr
+    first_batches = torch.Generator().manual_seed(1337)
+    for _ in range(2):
+        torch.randint(100, (4,), generator=first_batches)
+    assert not torch.equal(load_checkpoint(tiny_run / "last.pt")["batches"], first_batches.get_state())  # they are not drawn again
 
 
 def test_a_new_run_moves_the_earlier_one_aside(tiny_run, tiny_text):
@@ -464,6 +468,13 @@ def test_two_processes_follow_the_curve_of_one(tiny_text, tmp_path):
     assert len(one) == len(two) == 21 and one[20][1] < one[0][1] - 1
     for iteration in one:
         assert two[iteration] == pytest.approx(one[iteration], abs=1e-4)
+
+    assert train(tmp_path / "joined", tiny_text, *flags, "--max_iters", 10).returncode == 0
+    process = torchrun(2, tmp_path / "joined", tiny_text, "--resume", "--max_iters", "20")  # with the batches that were to come
+    assert process.returncode == 0 and "differs from an unbroken run" in process.stdout, process.stderr
+    joined = losses(tmp_path / "joined")
+    for iteration in one:
+        assert joined[iteration] == pytest.approx(one[iteration], abs=1e-4)
 
 
 def test_two_processes_with_a_teacher_resume_bit_for_bit(tiny_text, finished_run, tmp_path):
