@@ -251,6 +251,8 @@ def bench_loss(args):
     places, ours = losses(torch.arange(0, len(val) - T, T - half + 1), half)  # contexts of half a window to a whole one, as `stream` has
     some = torch.arange(half, len(places), 40)
     some = some[places[some] >= T]
+    if len(some) < 2:
+        raise ValueError(f"the last tenth of {args.data_path} is too short to measure more on it")
     _, crop = losses(places[some] - T, T)  # a whole window before each token
     ours = ours[some]
     print(f"{len(some):,} tokens spread over the split, each with")
@@ -263,7 +265,7 @@ def bench_quantize(args):
     """Ways to quantize a trained network, as a Markdown table; the speeds of all are measured in turn."""
     import torch
 
-    from model import Int8Linear, load_model, mean_loss, quantize_dynamic, side_by_side, split, use_int8
+    from model import Int8Linear, load_model, mean_loss, quantize_dynamic, side_by_side, split, use_int8, windows
 
     tokenizer = BasicTokenizer(out_dir=args.out_dir)
     network, checkpoint = load_model(args.out_dir / "model.pt", tokenizer.fingerprint, tokenizer.vocab_size)
@@ -301,7 +303,7 @@ def bench_quantize(args):
         "per channel, inputs in 8 bits, not 7": (per_channel, build(per_channel, seven_bits=False)),
     }
     T = network.config.block_size
-    one, eight = torch.tensor([tokenizer.encode_array("\n").tolist()]), val[:8 * T].view(8, T)
+    one, (eight, _) = torch.tensor([tokenizer.encode_array("\n").tolist()]), windows(val, side_by_side(val, T, 8), T)
 
     @torch.inference_mode()
     def read(model):

@@ -83,7 +83,7 @@ def main() -> None:
     print(compare(before, after, (path, out), torch.from_numpy(val.astype("int64")), tokens_per_char, start))
     for name, model in ("float32", before), ("int8", after):
         print(f"\n--- {name}, seed 1337 ---\n{tokenizer.decode(model.generate(start, 150, seed=1337)[0].tolist())}")
-    command = ["python", "generate.py", "--checkpoint", out.as_posix()]
+    command = ["python", Path(sys.argv[0]).with_name("generate.py").as_posix(), "--checkpoint", out.as_posix()]
     if not out.parent.samefile(out_dir):
         command += ["--out_dir", out_dir.as_posix()]
     print(f"\nwrote {out}; sample from it with: {shlex.join(command)}")

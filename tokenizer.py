@@ -331,23 +331,24 @@ def atomic_write(path):
     """A binary file to write, which takes the place of `path` when all is written, and not before.
 
     Whatever happens, `path` is what it was or all of the new file. An exception removes the temporary beside
-    it, `.{name}.tmp`; a killed process leaves it, for the next write to replace. Creates the folder.
+    it, `.{name}.tmp`; a killed process leaves it, for the next write to replace. Creates the folder. Of a symbolic
+    link, it is the file it leads to.
 
     Raises:
         OSError: the file cannot be written; the message names it.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        if path.exists() and not path.is_file():  # which includes /dev/null, and root could replace that
+        if target.exists() and not target.is_file():  # which includes /dev/null, and root could replace that
             raise OSError("it is not a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        os.replace(temporary, target)
+        sync_folder(target.parent)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

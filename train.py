@@ -708,7 +708,8 @@ def main() -> None:
         start = torch.tensor([trainer.tokenizer.encode_array("\n").tolist()])
         print(f"\na sample, from the weights of iteration {best['iteration']} (val loss {best['val_loss']:.4f}):")
         print(trainer.tokenizer.decode(model.generate(start, 200, seed=args.seed)[0].tolist()))
-        print(f"\nmodel.pt, metrics.csv and all else is in {args.out_dir}; more text: {shlex.join(['python', 'generate.py', *folder])}")
+        command = ["python", Path(sys.argv[0]).with_name("generate.py").as_posix(), *folder]
+        print(f"\nmodel.pt, metrics.csv and all else is in {args.out_dir}; more text: {shlex.join(command)}")
     if trainer.world_size > 1:
         dist.destroy_process_group()
     if trainer.stop.requested:

@@ -351,6 +351,18 @@ def test_tokens_that_cannot_be_printed_have_labels():
         "e\N{OPEN BOX}", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\\xe2", "\u00e9", "\\x00"]
 
 
+def test_labels_and_legends_do_not_outgrow_their_place(run):
+    assert plots.label(b"abcdefghij") == "abcdefghij"
+    assert plots.label(b"x" * 10**6) == "xxxxxxxxx\N{HORIZONTAL ELLIPSIS}"
+    assert plots.listed(1) == {0} and plots.listed(10) == set(range(10))
+    assert len(plots.listed(1000)) == 10 and plots.listed(1000) >= {0, 999}
+    metrics = plots.read_metrics(run / "metrics.csv")
+    layers = {name: np.resize(values, (40, values.shape[1])) for name, values in metrics.items() if name.startswith("relu_")}
+    legend = plots.draw_relu_training(metrics | layers).axes[0].get_legend()
+    named = [text.get_text() for text in legend.get_texts() if "layer" in text.get_text()]
+    assert len(named) == 10 and named[0] == "layer 1" and named[-1] == "layer 40"
+
+
 def test_dollars_are_no_formulas(finished_run, tmp_path, draw):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     assert draw(folder, "--attention", "$$ $x$", "--format", "svg")[::2] == (0, "")

@@ -570,6 +570,16 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
         assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
 
 
+def test_a_symbolic_link_is_kept_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
+    for data in b"first", b"second":
+        with atomic_write(tmp_path / "link") as file:
+            file.write(data)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_bytes() == data
+    assert os.listdir(tmp_path / "folder") == ["file"]
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").mkdir()
     os.mkfifo(tmp_path / "pipe")
