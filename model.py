@@ -4,6 +4,9 @@
     logits, loss = model(idx, targets)              # idx, targets: (B, T) int64
     ids = model.generate(idx, max_new_tokens=100)   # (B, T + 100)
 
+To learn how a GPT works, read down to `GPT.generate`; what follows makes it fast and keeps it safe. tests/textbook_gpt.py has the same
+network written plainly.
+
 Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = n_embd // n_head channels, V = vocab_size.
 """
 import importlib.util
@@ -27,7 +30,7 @@ from tokenizer import atomic_write
 LAST_WITH_INT8 = "the last version known to have it is 2.13; pip install torch==2.13.0"
 PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")  # all that a checkpoint's pickle names
 MAX_PICKLE, MAX_CONTAINERS = 1 << 24, 1 << 20  # bytes of that pickle, lists and dicts in it: a crafted one must not fill the memory
-CPU_BATCH = 8  # sequences that a CPU trains on at once: what they leave for the backward pass stays in its cache
+CPU_BATCH = 8  # sequences that a CPU trains on at once: they take less memory than a whole batch, and no more time
 
 
 @dataclass
@@ -57,18 +60,6 @@ class GPTConfig:
     def head_size(self) -> int:
         """Channels of a head. Where n_head does not divide n_embd the heads together are a little narrower."""
         return self.n_embd // self.n_head
-
-
-def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on the CPU of ones, with probability 1 - p (to within 2^-16), and zeros.
-
-    Each 64-bit random integer is read as four 16-bit coins: ten times as fast as drawing one float a coin,
-    and drawing these masks is what most of a training step on a CPU would otherwise go to.
-    """
-    n = shape.numel()
-    coins = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(shape)
-    kept = coins.ge_(min(round(p * 2**16) - 2**15, 2**15 - 1))  # in place, as 0 and 1: a bool would be converted at each use
-    return kept.mul_(0x3F80).view(dtype) if dtype == torch.bfloat16 else kept.to(dtype)  # 0x3F80: the bits of 1.0 in bfloat16
 
 
 class Dropout(nn.Dropout):
@@ -103,8 +94,9 @@ class CausalSelfAttention(nn.Module):
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
     """Causal scaled dot-product attention: softmax(q @ k^T / sqrt(D) + future) @ v. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
-    `future`, (T, T), is -inf where the key comes after the query, so that its weight is 0, and 0 elsewhere. `dropout` is the
-    probability with which each weight is dropped.
+    Scores are sums of D products: undivided, they would grow with D, until softmax chose one token alone. `future`, (T, T), is
+    -inf where the key comes after the query, so that its weight is 0, and 0 elsewhere. `dropout` is the probability with which each
+    weight is dropped.
     """
     return attend_in_pieces(q, k, v, dropout) if q.device.type == "cpu" else attend_fused(q, k, v, dropout)
 
@@ -115,26 +107,6 @@ def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: flo
     if D % 8:
         q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=D ** -0.5)[..., :D]
-
-
-@torch.autocast("cpu", enabled=False)  # the operands are in the format wanted, and softmax computes in float32 inside
-def attend_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """`attend` on a CPU, whose fused kernel knows no dropout and has a slow backward pass. q, k, v: (B, H, T, D) -> (B, H, T, D).
-
-    Takes 64 queries at a time, so that keys that lie in the future of all 64 are never looked at.
-    """
-    B, H, T, D = q.shape
-    v = v * (1 / (1 - dropout))  # in place of scaling the weights, of which there are more
-    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
-    future = torch.full((T, T), float("-inf"), dtype=v.dtype).triu(1)
-    rows = []
-    for start in range(0, T, 64):
-        end = min(start + 64, T)
-        weights = torch.baddbmm(future[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2), alpha=D ** -0.5).softmax(-1)
-        if dropout:
-            weights = weights * keep_mask(weights.shape, dropout, weights.dtype)
-        rows.append(torch.bmm(weights, v[:, :end]))  # (B * H, 64, D)
-    return torch.cat(rows, dim=1).view(B, H, T, D)
 
 
 class FeedForward(nn.Module):
@@ -152,7 +124,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; each normalises its input and adds its output to the residual stream (pre-norm)."""
+    """Attention, then feed-forward; each normalises its input and adds its output to the residual stream (pre-norm).
+
+    As both only add, gradients have a straight way back through all blocks (He et al. 2016).
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -170,7 +145,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The network: embeddings, n_layer blocks, a last norm and an output head.
 
-    It is that of Radford et al. 2019, but with ReLU, no bias in query, key and value, no dropout on the embeddings, and a head of its own.
+    It is that of GPT-2 (Radford et al. 2019), but with ReLU, no bias in query, key and value, no dropout on the embeddings, an untied head.
     """
 
     def __init__(self, config: GPTConfig):
@@ -216,7 +191,7 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
-        x = self.token_embedding(idx) + self.position_embedding.weight[:T]  # (B, T) -> (B, T, C)
+        x = self.token_embedding(idx) + self.position_embedding.weight[:T]  # (B, T, C); attention itself does not see the order of tokens
         for layer, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[layer])
         return self.ln(x)
@@ -245,6 +220,7 @@ class GPT(nn.Module):
         if idx.shape[1] == 0:
             raise ValueError("nothing to continue: idx must hold at least one token a row")
         seed = secrets.randbits(32) if seed is None else seed
+        # the factor keeps row 1 of one seed from being row 0 of the next
         generators = [torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + row) % 2**63) for row in range(len(idx))]
         training, block_size = self.training, self.config.block_size
         self.eval()
@@ -252,7 +228,7 @@ class GPT(nn.Module):
             decoder, window, new = Decoder(self, len(idx)), idx[:, -block_size:], []
             logits = decoder.prefill(window)
             for step in range(max_new_tokens):
-                if step % 256 == 0:  # one draw for many steps: a call for each row and step would cost more than the step
+                if step % 256 == 0:  # one draw for many steps saves a call for each row and step
                     uniform = torch.stack([torch.rand(256, generator=g) for g in generators], dim=1).to(idx.device)
                 token = sample(logits, uniform[step % 256], temperature, top_k, top_p)  # (B, V) -> (B,)
                 yield token
@@ -268,6 +244,38 @@ class GPT(nn.Module):
                     logits = decoder.prefill(window)
         finally:
             self.train(training)
+
+
+def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the CPU of ones, with probability 1 - p (to within 2^-16), and zeros.
+
+    Each 64-bit random integer is read as four 16-bit coins: several times as fast as drawing one float a coin,
+    which would take a good part of a training step on a CPU.
+    """
+    n = shape.numel()
+    coins = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(shape)
+    kept = coins.ge_(min(round(p * 2**16) - 2**15, 2**15 - 1))  # in place, as 0 and 1: a bool would be converted at each use
+    return kept.mul_(0x3F80).view(dtype) if dtype == torch.bfloat16 else kept.to(dtype)  # 0x3F80: the bits of 1.0 in bfloat16
+
+
+@torch.autocast("cpu", enabled=False)  # the operands are in the format wanted, and softmax computes in float32 inside
+def attend_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    """`attend` on a CPU, whose fused kernel knows no dropout and has a slow backward pass. q, k, v: (B, H, T, D) -> (B, H, T, D).
+
+    Takes 64 queries at a time, so that keys that lie in the future of all 64 are never looked at.
+    """
+    B, H, T, D = q.shape
+    v = v * (1 / (1 - dropout))  # in place of scaling the weights, of which there are more
+    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
+    future = torch.full((T, T), float("-inf"), dtype=v.dtype).triu(1)
+    rows = []
+    for start in range(0, T, 64):
+        end = min(start + 64, T)
+        weights = torch.baddbmm(future[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2), alpha=D ** -0.5).softmax(-1)
+        if dropout:
+            weights = weights * keep_mask(weights.shape, dropout, weights.dtype)
+        rows.append(torch.bmm(weights, v[:, :end]))  # (B * H, 64, D)
+    return torch.cat(rows, dim=1).view(B, H, T, D)
 
 
 class Decoder:
@@ -369,7 +377,7 @@ def few_rows(layer: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tens
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None) -> torch.Tensor:
-    """Draws a token for each row by inverse transform sampling. logits: (B, V); uniform: (B,) in [0, 1) -> (B,) int64."""
+    """Draws for each row the first token whose cumulative probability exceeds `uniform`. logits: (B, V); uniform: (B,) in [0, 1) -> (B,) int64."""
     if temperature < 1e-20:  # or the quotient could be too large for float32
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -398,7 +406,7 @@ def split(tokens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def windows(data: torch.Tensor, starts: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The windows of `data` (N,) that begin at `starts` (B,), and the token after each of theirs: two (B, T) int64."""
+    """The windows of `data` (N,) that begin at `starts` (B,), and the same one token later, the targets: two (B, T) int64."""
     tokens = data[starts[:, None] + torch.arange(block_size + 1, device=data.device)].long()
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -495,12 +503,12 @@ def quantize_dynamic(model: GPT) -> dict[str, torch.Tensor]:
     """
     torch.backends.quantized.engine = int8_engine()
     try:
-        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic as torch_quantize
     except ImportError as error:
         raise ValueError(f"PyTorch {torch.__version__} has no torch.ao.quantization: {LAST_WITH_INT8}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # marked deprecated
-        quantized = quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig})
+        quantized = torch_quantize(model, {nn.Linear: per_channel_dynamic_qconfig})
     weights = model.state_dict()
     for name, module in quantized.named_modules():
         if isinstance(module, torch.ao.nn.quantized.dynamic.Linear):
@@ -508,7 +516,7 @@ def quantize_dynamic(model: GPT) -> dict[str, torch.Tensor]:
             weights[f"{name}.weight"], weights[f"{name}.scale"] = weight.int_repr(), weight.q_per_channel_scales().float()
         elif isinstance(module, nn.Embedding):
             weight = module.weight.detach()
-            scale = (weight.abs().amax(1) / 127).clamp(min=1e-30)  # of a row of zeros, too
+            scale = (weight.abs().amax(1) / 127).clamp(min=1e-30)  # or a row of zeros would divide by 0
             weights[f"{name}.weight"], weights[f"{name}.scale"] = (weight / scale[:, None]).round().to(torch.int8), scale
     return weights
 

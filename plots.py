@@ -25,7 +25,7 @@ from tokenizer import atomic_write, default_run, visible
 MAX_TOKENS = 40  # whose attention can be told apart in a picture
 MAX_BYTES = 2**24  # both files are some kilobytes; anything near this is not one of ours
 
-KNOWN_COLUMNS = ("iteration", "tokens_seen", "epochs", "learning_rate")  # a number in every row, however it goes
+KNOWN_COLUMNS = ("iteration", "tokens_seen", "epochs", "learning_rate")  # never empty, even if training diverges
 LOSS_COLUMNS = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char")
 RELU_COLUMNS = ("mean", "std", "zeros", "dead", "grad_mean", "grad_std")
 HISTOGRAMS = ("relu", "relu_grad")

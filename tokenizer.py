@@ -7,7 +7,8 @@
 
 Tokens 0 to 255 are the bytes. Each further token is the most frequent pair of neighbours in the text so far,
 merged into one (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a pair, `learn` chooses the
-pairs, `BasicTokenizer` applies them to any text; the rest of the file reads and writes files.
+pairs, `BasicTokenizer` applies them to any text; the rest is files and commands. tests/textbook_bpe.py is the same,
+slow, and in 50 lines: read it first.
 """
 import argparse
 import codecs
@@ -39,8 +40,8 @@ MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens: they must not
 class TokenSequence:
     """A text as a sequence of tokens, laid over its bytes so that a merge moves nothing.
 
-    `head[i]` is the token that starts at byte i, `hole` where none does; `tail[i]` is the one that ends there. Where none
-    does, in brackets below, it is what ended there before: nobody looks, as `tail` is read only just before a token's start.
+    `head[i]` is the token that starts at byte i, `hole` (a dot below) where none does; `tail[i]` is the one that ends there.
+    Where none does, in brackets, it is what ended there before: nobody looks, as `tail` is read only just before a token's start.
 
         text         a    b    c    a    b
         head, tail   97   98   99   97   98
@@ -48,12 +49,12 @@ class TokenSequence:
         tail         (97) 256  99   (97) 256
 
     `where[token]` are the places where a token started when last looked at. Places are only ever lost, so the
-    token is nowhere else, and finding a pair costs what the rarer of its two tokens has places.
+    token is nowhere else, and finding a pair looks only at the places of the rarer of its two tokens.
     """
 
     def __init__(self, data, vocab_size):
         text = np.frombuffer(data, np.uint8)
-        self.hole = np.min_scalar_type(vocab_size).type(vocab_size)
+        self.hole = np.min_scalar_type(vocab_size).type(vocab_size)  # the id after the last: no token has it
         self.head = np.append(text, self.hole)  # and a hole at the end, for head[n] and tail[-1]
         self.tail = self.head.copy()
         self.size = [1] * 256  # bytes of each token
@@ -116,7 +117,7 @@ def every_other(places, size):
 
 
 def count_pairs(text):
-    """How often each pair of neighbours occurs: uint8 [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}."""
+    """How often each pair of neighbours occurs: [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}."""
     counts = np.zeros(1 << 16, np.int64)
     for start in range(0, len(text), BLOCK):
         block = text[start:start + BLOCK + 1].astype(np.int64)
@@ -125,7 +126,7 @@ def count_pairs(text):
 
 
 def tally(counts):
-    """The non-zero ones of an array of counts: [0, 3, 1] -> [(1, 3), (2, 1)]."""
+    """(index, count) of each count but 0: [0, 3, 1] -> [(1, 3), (2, 1)]."""
     keys = np.flatnonzero(counts)
     return zip(keys.tolist(), counts[keys].tolist())
 
@@ -138,7 +139,7 @@ def learn(tokens, vocab_size):
     The textbook counts all pairs anew for each merge. Here each is counted once, when its younger token is made,
     into a heap of (-count, first place, pair). From then on it only gets rarer and starts later, so an old entry
     is never worse than the truth: the one on top is looked up in the text, and if it stays there, it is best.
-    Few are looked up in vain, as `most` keeps account: what a merge gives to a pair with the new token, it takes
+    Few are looked up in vain, as `most` bounds each count: what a merge gives to a pair with the new token, it takes
     from a pair with one of the two merged.
 
     Yields:
@@ -156,6 +157,7 @@ def learn(tokens, vocab_size):
                              f"not {vocab_size}")
         yield pair, new, len(places)
         before, after = tokens.merge(pair, places, new)
+        # [:new] leaves out the hole and, as the second loop counts (new, new), `new` itself
         for token, count in tally(np.bincount(before, minlength=new)[:new]):
             most[token, pair[0]] -= count
             most[token, new] = count
@@ -331,8 +333,8 @@ def atomic_write(path):
     """A binary file to write, which takes the place of `path` when all is written, and not before.
 
     Whatever happens, `path` is what it was or all of the new file. An exception removes the temporary beside
-    it, `.{name}.tmp`; a killed process leaves it, for the next write to replace. Creates the folder. Of a symbolic
-    link, it is the file it leads to.
+    it, `.{name}.tmp`; a killed process leaves it, for the next write to replace. Creates the folder.
+    A symbolic link is followed.
 
     Raises:
         OSError: the file cannot be written; the message names it.

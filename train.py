@@ -1,10 +1,10 @@
 """Trains the network on a text, and its tokenizer first if there is none.
 
     python train.py                                             # Tiny Shakespeare with the published hyperparameters
-    python train.py --preset fast                               # a lower loss after 600 iterations than those after 5,000; or best
+    python train.py --preset fast                               # a lower loss in 600 iterations than that in 5,000; or best
     python train.py --data_path my.txt --out_dir checkpoints/mine
     python train.py --resume                                    # go on where a run was stopped
-    torchrun --nproc_per_node 2 train.py                        # the same run on two GPUs, or two processes
+    torchrun --nproc_per_node 2 train.py                        # each batch shared by two GPUs, or processes
 
 Everything lands in --out_dir: merges.pkl and vocab.pkl (tokenizer), model.pt (weights with the lowest validation loss),
 last.pt (all it takes to resume), metrics.csv (a row for each evaluation), histograms.npz (ReLUs at the last evaluation).
@@ -246,7 +246,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.batches = torch.Generator(self.device).manual_seed(args.seed)  # one for all ranks: each takes its part of a batch
-        self.random = torch if self.device.type == "cpu" else torch.get_device_module(self.device)  # whence dropout draws
+        self.random = torch if self.device.type == "cpu" else torch.get_device_module(self.device)  # dropout draws from it
         self.random.manual_seed(args.seed + self.rank)
         self.iteration, self.tokens_seen, self.best, self.seconds, self.metrics = 0, 0, math.inf, 0.0, []
         self.grad_norm = torch.tensor(math.nan)
@@ -294,7 +294,8 @@ class Trainer:
         self.tokenizer, self.text_hash = tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest()
         self.tokens_per_char = {name: len(part) / tokenizer.count_characters(part) for name, part in (("train", train), ("val", val))}
         self.data = {name: self.on_device(part) for name, part in (("train", train), ("val", val))}
-        self.spelled, self.train_text = (None, None), text.encode()[:-len(tokenizer.decode_bytes(val.tolist()))] if args.bpe_dropout else b""
+        self.spelled = None, None  # which pass over the text, and its tokens (see `training_tokens`)
+        self.train_text = text.encode()[:-len(tokenizer.decode_bytes(val.tolist()))] if args.bpe_dropout else b""
         self.starts = {"val": side_by_side(self.data["val"], args.block_size)}
         self.starts["train"] = side_by_side(self.data["train"], args.block_size, len(self.starts["val"]))
 
@@ -525,7 +526,7 @@ class Trainer:
         hooks = [block.ffwd.relu.register_forward_hook(lambda module, inputs, output: outputs.append(output))
                  for block in self.model.blocks]
         self.model.eval()
-        at_once = self.args.batch_size / self.world_size / (self.args.gradient_accumulation_steps or 1)  # as a GPU has room for that
+        at_once = self.args.batch_size / self.world_size / (self.args.gradient_accumulation_steps or 1)  # which fits into a GPU
         some = min(64, math.ceil(at_once))
         for part in self.starts["train"][:some].split(CPU_BATCH):  # so few at once take less memory than training does
             loss = self.model(*windows(self.data["train"], part, self.args.block_size))[1] * (len(part) / some)
@@ -613,7 +614,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     training = parser.add_argument_group("training")
     flag(training, "batch_size", 64, 1, "sequences in a batch, all processes together")
     flag(training, "gradient_accumulation_steps", 0, 0, "parts a batch is computed in, one after the other; 0: one, or on a CPU "
-                                                         f"as many as there are {CPU_BATCH} sequences, which is fastest")
+                                                         f"parts of {CPU_BATCH} sequences")
     flag(training, "max_iters", 5000, 1, "iterations in all")
     flag(training, "learning_rate", 3e-4, 0, "step size of AdamW")
     flag(training, "warmup_iters", 0, 0, "iterations over which the learning rate rises from 0")
@@ -634,8 +635,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "grad_clip", 0.0, 0, "largest norm of the gradient; 0: any")
     flag(training, "seed", 1337, 0, "of initialisation, batches, dropout and BPE-dropout")
     flag(training, "eval_interval", 500, 1, "iterations between two evaluations")
-    flag(training, "eval_iters", 0, 0, "random batches to evaluate on, as published: 200; 0: the whole validation split "
-                                        "in windows side by side, but for a rest shorter than one, exactly, and as many of the training split")
+    flag(training, "eval_iters", 0, 0, "random batches to evaluate on, as published: 200; 0: all whole windows "
+                                        "of the validation split, side by side, and as many of the training split")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
