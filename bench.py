@@ -265,13 +265,14 @@ def bench_quantize(args):
     """Ways to quantize a trained network, as a Markdown table; the speeds of all are measured in turn."""
     import torch
 
-    from model import Int8Linear, load_model, mean_loss, quantize_dynamic, side_by_side, split, use_int8, windows
+    from model import EVAL_TOKENS, Int8Linear, load_model, mean_loss, quantize_dynamic, side_by_side, split, use_int8, windows
 
     tokenizer = BasicTokenizer(out_dir=args.out_dir)
     network, checkpoint = load_model(args.out_dir / "model.pt", tokenizer.fingerprint, tokenizer.vocab_size)
     _, val = split(tokenizer.encode_array(read_text(args.data_path)), network.config.block_size)
     val = torch.from_numpy(val.astype(np.int64))
-    starts = side_by_side(val, network.config.block_size)
+    T = network.config.block_size
+    starts = side_by_side(val, T, EVAL_TOKENS // T)
     floats, per_channel = network.state_dict(), quantize_dynamic(network)
 
     float_embeddings = {name: floats[name] if "embedding" in name else weight for name, weight in per_channel.items()
@@ -302,7 +303,6 @@ def bench_quantize(args):
         "per tensor": (per_tensor, build(per_tensor)),
         "per channel, inputs in 8 bits, not 7": (per_channel, build(per_channel, seven_bits=False)),
     }
-    T = network.config.block_size
     one, (eight, _) = torch.tensor([tokenizer.encode_array("\n").tolist()]), windows(val, side_by_side(val, T, 8), T)
 
     @torch.inference_mode()

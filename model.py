@@ -30,6 +30,7 @@ from tokenizer import atomic_write
 LAST_WITH_INT8 = "the last version known to have it is 2.13; pip install torch==2.13.0"
 PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")  # all that a checkpoint's pickle names
 MAX_PICKLE, MAX_CONTAINERS = 1 << 24, 1 << 20  # bytes of that pickle, lists and dicts in it: a crafted one must not fill the memory
+EVAL_TOKENS = 2**18  # of a split that its loss is measured on at most: a long text must not make evaluating cost more than training
 CPU_BATCH = 8  # sequences that a CPU trains on at once: they take less memory than a whole batch, and no more time
 
 
@@ -411,13 +412,13 @@ def windows(data: torch.Tensor, starts: torch.Tensor, block_size: int) -> tuple[
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def side_by_side(data: torch.Tensor, block_size: int, count: int | None = None) -> torch.Tensor:
-    """Where the windows that tile `data` (N,) begin, or `count` of these, evenly spread; (count,) int64 on data's device.
+def side_by_side(data: torch.Tensor, block_size: int, most: int | None = None) -> torch.Tensor:
+    """Where the windows that tile `data` (N,) begin or, if there are more than `most`, so many of these, evenly spread.
 
-    A rest at the end that is shorter than a window is left out.
+    Returns (windows,) int64 on data's device. A rest at the end that is shorter than a window is left out.
     """
     tiles = (len(data) - 1) // block_size
-    return torch.linspace(0, tiles - 1, count or tiles, dtype=torch.float64).long().to(data.device) * block_size
+    return torch.linspace(0, tiles - 1, min(most or tiles, tiles), dtype=torch.float64).long().to(data.device) * block_size
 
 
 @torch.no_grad()
@@ -426,7 +427,8 @@ def mean_loss(model: GPT, data: torch.Tensor, starts: torch.Tensor) -> float:
     training = model.training
     model.eval()
     total = torch.zeros((), device=data.device)
-    for part in starts.split(16):  # few at a time: less memory than training takes, and faster on a CPU
+    few = max(1, min(16, 2**22 // (model.config.block_size * model.config.vocab_size)))  # whose logits take 16 MB at most
+    for part in starts.split(few):  # less memory than training takes, and faster on a CPU
         total += model(*windows(data, part, model.config.block_size))[1] * len(part)
     model.train(training)
     return total.item() / len(starts)

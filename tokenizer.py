@@ -32,7 +32,7 @@ MERGES_FILE, VOCAB_FILE, WAITING_FILE = "merges.pkl", "vocab.pkl", ".merges.pkl.
 NETWORK_FILES = "model.pt", "last.pt", "model_int8.pt"  # of a trained network, which no other tokenizer fits
 
 SHORT = 8192  # bytes up to which replacing in a string encodes faster than an index of the text does
-BLOCK = 1 << 21  # bytes encoded or counted at a time, which bounds the memory
+BLOCK = 1 << 21  # bytes encoded or counted at a time, if the text can be cut there, which bounds the memory
 MAX_VOCAB = 1 << 20  # a token is also a character (see `_encode_short`), and Unicode ends at 0x10FFFF
 MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens: they must not fill the memory
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import (CPU_BATCH, GPT, GPTConfig, can_compile, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss,
+from model import (CPU_BATCH, EVAL_TOKENS, GPT, GPTConfig, can_compile, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss,
                    out_of_memory, save_checkpoint, side_by_side, split, windows)
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, MAX_VOCAB, PRETRAINED, BasicTokenizer, atomic_write, read_text
 
@@ -296,7 +296,7 @@ class Trainer:
         self.data = {name: self.on_device(part) for name, part in (("train", train), ("val", val))}
         self.spelled = None, None  # which pass over the text, and its tokens (see `training_tokens`)
         self.train_text = text.encode()[:-len(tokenizer.decode_bytes(val.tolist()))] if args.bpe_dropout else b""
-        self.starts = {"val": side_by_side(self.data["val"], args.block_size)}
+        self.starts = {"val": side_by_side(self.data["val"], args.block_size, EVAL_TOKENS // args.block_size)}
         self.starts["train"] = side_by_side(self.data["train"], args.block_size, len(self.starts["val"]))
 
     def load_teacher(self, path: Path) -> GPT:
@@ -636,7 +636,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(training, "seed", 1337, 0, "of initialisation, batches, dropout and BPE-dropout")
     flag(training, "eval_interval", 500, 1, "iterations between two evaluations")
     flag(training, "eval_iters", 0, 0, "random batches to evaluate on, as published: 200; 0: all whole windows "
-                                        "of the validation split, side by side, and as many of the training split")
+                                        f"of the validation split, side by side, up to {EVAL_TOKENS:,} tokens, and as many of the training split")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],

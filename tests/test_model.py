@@ -302,6 +302,7 @@ def test_windows_side_by_side_cover_the_split_once():
     starts = side_by_side(data, 16)
     x, y = windows(data, starts, 16)
     assert x.flatten().tolist() == list(range(96)) and torch.equal(y, x + 1) and x.dtype == torch.int64
+    assert torch.equal(side_by_side(data, 16, 100), starts)
     few = side_by_side(torch.arange(10_000), 16, 6)
     assert len(set(few.tolist())) == 6 and few[0] == 0 and few[-1] == 9_968 and all(few % 16 == 0)
 

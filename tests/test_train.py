@@ -148,6 +148,14 @@ def test_what_a_teacher_expects_is_mixed_with_what_came(finished_run):
     assert student(idx, torch.nn.functional.one_hot(idx, 300).float())[1].item() == pytest.approx(student(idx, idx)[1].item())
 
 
+def test_a_long_text_is_evaluated_in_part(tiny_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "EVAL_TOKENS", 10 * 16 + 5)
+    monkeypatch.setattr(script, "Stop", lambda: None)  # this process keeps its signals
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--data_path", str(tiny_text), "--out_dir", str(tmp_path / "run")])
+    starts = Trainer(*parse_args()).starts
+    assert len(starts["val"]) == len(starts["train"]) == 10 and starts["val"][-1] > 20 * 16
+
+
 def test_teachers_take_turns(tiny_text, finished_run, tmp_path, monkeypatch):
     for name in "abc":
         shutil.copy(finished_run / "model.pt", tmp_path / name)
