@@ -428,7 +428,7 @@ def mean_loss(model: GPT, data: torch.Tensor, starts: torch.Tensor) -> float:
     model.eval()
     total = torch.zeros((), device=data.device)
     few = max(1, min(16, 2**22 // (model.config.block_size * model.config.vocab_size)))  # whose logits take 16 MB at most
-    for part in starts.split(few):  # less memory than training takes, and faster on a CPU
+    for part in starts.split(few):  # takes less memory than all at once, and is faster on a CPU
         total += model(*windows(data, part, model.config.block_size))[1] * len(part)
     model.train(training)
     return total.item() / len(starts)

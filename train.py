@@ -335,7 +335,7 @@ class Trainer:
         return self.spelled[1]
 
     def restore(self, last: dict) -> None:
-        """Goes on where `last` was saved: exactly there, on the same device. Raises ValueError for another network or another text."""
+        """Goes on where `last` was saved: exactly there, on the same devices. Raises ValueError for another network or another text."""
         if last["text"] != self.text_hash or last["tokenizer"] != self.tokenizer.fingerprint:
             raise ValueError(f"{self.args.data_path} and the tokenizer in {self.args.out_dir} are not those this run began with: "
                              "restore them, or start a new run in another --out_dir")
@@ -528,7 +528,7 @@ class Trainer:
         self.model.eval()
         at_once = self.args.batch_size / self.world_size / (self.args.gradient_accumulation_steps or 1)  # which fits into a GPU
         some = min(64, math.ceil(at_once))
-        for part in self.starts["train"][:some].split(CPU_BATCH):  # so few at once take less memory than training does
+        for part in self.starts["train"][:some].split(CPU_BATCH):  # few at once, which takes less memory
             loss = self.model(*windows(self.data["train"], part, self.args.block_size))[1] * (len(part) / some)
             pieces.append([(out.detach(), grad) for out, grad in zip(outputs, torch.autograd.grad(loss, outputs))])
             outputs.clear()
