@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
 import io
 import math
 import os
@@ -127,38 +128,97 @@ def measure_size(data_path, megabytes):
 
 
 def bench_train(args):
-    """Whole iterations (forward, backward, update) at the published sizes, dropout included, in turn."""
+    """Whole iterations (batch, forward, backward, update) at the published sizes, dropout included, in turn."""
     import torch
 
-    from model import CPU_BATCH, GPT, GPTConfig, can_compile, choose_device, choose_dtype
+    from model import CPU_BATCH, GPT, GPTConfig, can_compile, choose_device, choose_dtype, record, windows
     from textbook_gpt import TextbookGPT
 
     config, device, batch_size = GPTConfig(), choose_device(args.device), args.batch_size
-    idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=device)
-    parts = idx.split(CPU_BATCH) if device.type == "cpu" else [idx]
+    data = torch.randint(config.vocab_size, (10**6,), dtype=torch.int32, device=device)
+    slow_data = data.long().cpu()
+    often = 1 if device.type == "cpu" else 20  # iterations between two looks at the clock, which make a GPU wait
 
-    def iteration(model, dtype, fused, parts):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=fused)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    def few_operations():
+        return windows(data, torch.randint(len(data) - config.block_size, (batch_size,), device=device), config.block_size)
 
+    def many_operations():  # as textbooks, and nanoGPT, make a batch
+        starts = torch.randint(len(slow_data) - config.block_size, (batch_size,))
+        stacks = [torch.stack([slow_data[start + i:start + i + config.block_size] for start in starts]) for i in range(2)]
+        return [stack.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else stack.to(device) for stack in stacks]
+
+    def repeat(iteration):
         def run():
-            optimizer.zero_grad()
-            for part in parts:
-                with autocast:
-                    loss = model(part, part)[1] / len(parts)
-                scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            for _ in range(often):
+                loss = iteration()
             loss.item()  # waits for a GPU
         return run
 
-    def ours(dtype):
-        network = GPT(config).to(device)
-        return iteration(torch.compile(network) if can_compile(device) else network, dtype, True, parts)
+    def plain(model, optimizer, dtype, clip=math.inf):
+        """Iterations as a textbook has them or, compiled and in bfloat16, nanoGPT."""
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    runs = {"textbook, float32": iteration(TextbookGPT(config).to(device), torch.float32, False, [idx])}
-    runs |= {f"ours, {str(dtype)[6:]}": ours(dtype) for dtype in dict.fromkeys([torch.float32, choose_dtype("auto", device)])}
+        def iteration():
+            optimizer.zero_grad(set_to_none=True)
+            idx, targets = many_operations()
+            with autocast:
+                loss = model(idx, targets)[1]
+            loss.backward()
+            if clip < math.inf:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            return loss
+        return repeat(iteration)
+
+    def ours(dtype):
+        """Iterations as train.py has them."""
+        network = GPT(config).to(device)
+        if can_compile(device):
+            for block in network.blocks:
+                block.compile()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, fused=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        autocast, graphs = torch.autocast(device.type, dtype, enabled=dtype != torch.float32), []
+        inputs = few_operations()
+
+        def gradients():
+            network.zero_grad(set_to_none=True)
+            parts = [tensor.split(CPU_BATCH if device.type == "cpu" else batch_size) for tensor in inputs]
+            for part in zip(*parts):
+                with autocast:
+                    loss = network(*part)[1] / len(parts[0])
+                scaler.scale(loss).backward()
+            return loss
+
+        def iteration():
+            for old, new in zip(inputs, few_operations()):
+                old.copy_(new)
+            if device.type == "cuda":
+                graphs.extend([] if graphs else [record(gradients)])
+                [(graph, loss)] = graphs
+                graph.replay()
+            else:
+                loss = gradients()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            return loss
+        return repeat(iteration)
+
+    textbook = TextbookGPT(config).to(device)
+    runs = {"textbook, float32": plain(textbook, torch.optim.AdamW(textbook.parameters(), lr=3e-4), torch.float32)}
+    auto = choose_dtype("auto", device)
+    runs |= {f"ours, {str(dtype)[6:]}": ours(dtype) for dtype in dict.fromkeys([torch.float32, auto])}
+    if args.nanogpt:
+        spec = importlib.util.spec_from_file_location("nanogpt", args.nanogpt / "model.py")
+        sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        width = config.n_head * config.head_size  # which n_head must divide there
+        network = module.GPT(module.GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head, width, config.dropout,
+                                              bias=False)).to(device)
+        optimizer = network.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
+        runs[f"nanoGPT, {str(auto)[6:]}"] = plain(torch.compile(network), optimizer, auto, clip=1.0)
     memory = {}
     for name, run in runs.items():
         run(), run()  # warms up, and compiles
@@ -166,7 +226,7 @@ def bench_train(args):
             torch.cuda.reset_peak_memory_stats(device)
             run()
             memory[name] = torch.cuda.max_memory_allocated(device)
-    times = dict(zip(runs, alternate(list(runs.values()), args.repeats)))
+    times = {name: time_ / often for name, time_ in zip(runs, alternate(list(runs.values()), args.repeats))}
 
     network = GPT(config)
     matrices = sum(p.numel() for name, p in network.named_parameters() if p.dim() == 2 and "embedding" not in name)
@@ -367,6 +427,7 @@ def parse_args():
             sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, help="its text (default: data/input.txt)")
         if function is bench_train:
             sub.add_argument("--batch_size", type=positive, default=64, metavar="N", help="sequences in a batch (default: 64)")
+            sub.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="a clone of nanoGPT, to compare with it, too")
         if function in (bench_train, bench_sample):
             sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
     return parser.parse_args()

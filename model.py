@@ -73,7 +73,11 @@ class Dropout(nn.Dropout):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) in which a token sees itself and the tokens before it."""
+    """Multi-head attention (Vaswani et al. 2017) in which a token sees itself and the tokens before it.
+
+    In each head it is softmax(q @ k^T / sqrt(D) + future) @ v. Scores are sums of D products: undivided, they would grow with D, until
+    softmax chose one token alone. `future`, (T, T), is -inf where the key comes after the query, so that its weight is 0, and 0 elsewhere.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -84,6 +88,8 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return self.forward_fused(x, cache)
         B, T, _ = x.shape
         q, k, v = qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:  # of a Decoder, which will need keys and values
@@ -91,23 +97,20 @@ class CausalSelfAttention(nn.Module):
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 
+    def forward_fused(self, x: torch.Tensor, cache: torch.Tensor | None) -> torch.Tensor:
+        """`forward` on a GPU, whose fused kernels want a multiple of 8 channels a head.
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-    """Causal scaled dot-product attention: softmax(q @ k^T / sqrt(D) + future) @ v. q, k, v: (B, H, T, D) -> (B, H, T, D).
-
-    Scores are sums of D products: undivided, they would grow with D, until softmax chose one token alone. `future`, (T, T), is
-    -inf where the key comes after the query, so that its weight is 0, and 0 elsewhere. `dropout` is the probability with which each
-    weight is dropped.
-    """
-    return attend_in_pieces(q, k, v, dropout) if q.device.type == "cpu" else attend_fused(q, k, v, dropout)
-
-
-def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """`attend` on a GPU, whose fused kernels want a multiple of 8 channels: zeros change neither scores nor values."""
-    D = q.shape[-1]
-    if D % 8:
-        q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=D ** -0.5)[..., :D]
+        The weights get so many more, all zeros: these change neither scores nor values.
+        """
+        B, T, _ = x.shape
+        H, D, more = self.n_head, self.head_size, -self.head_size % 8
+        weight = F.pad(self.qkv.weight.view(3 * H, D, -1), (0, 0, 0, more)).flatten(0, 1)  # (3 * H * (D + more), C)
+        q, k, v = qkv = F.linear(x, weight).view(B, T, 3, H, D + more).permute(2, 0, 3, 1, 4)  # each (B, H, T, D + more)
+        if cache is not None:
+            cache[:, :, :, :T] = qkv[1:, ..., :D]
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True, scale=D ** -0.5)
+        weight = F.pad(self.proj.weight.view(-1, H, D), (0, more)).flatten(1)  # (C, H * (D + more))
+        return F.linear(y.transpose(1, 2).flatten(2), weight, self.proj.bias)
 
 
 class FeedForward(nn.Module):
@@ -260,10 +263,11 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
 
 
 @torch.autocast("cpu", enabled=False)  # the operands are in the format wanted, and softmax computes in float32 inside
-def attend_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """`attend` on a CPU, whose fused kernel knows no dropout and has a slow backward pass. q, k, v: (B, H, T, D) -> (B, H, T, D).
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+    """Causal attention on a CPU, whose fused kernel knows no dropout and has a slow backward pass. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
-    Takes 64 queries at a time, so that keys that lie in the future of all 64 are never looked at.
+    `dropout` is the probability with which each weight is dropped. It takes 64 queries at a time, so that keys that lie in the future of
+    all 64 are never looked at.
     """
     B, H, T, D = q.shape
     v = v * (1 / (1 - dropout))  # in place of scaling the weights, of which there are more
@@ -310,8 +314,11 @@ class Decoder:
         if token.device.type != "cuda":
             return self.read(token, slice(t, t + 1), slice(t + 1))
         if self.graph is None:
+            self.token, self.at = token.clone(), token.new_full((1,), t)  # what the graph reads
+            self.caches[..., t:, :] = 0  # its shapes are fixed, so it looks at all positions; a mask hides those to come, but 0 * nan is nan
+            positions = torch.arange(self.caches.shape[4], device=token.device)
             with torch.cuda.device(token.device), torch.autocast("cuda", enabled=False):
-                self.record(token)
+                self.graph, self.logits = record(lambda: self.read(self.token, self.at, slice(None), positions[None] <= self.at))
         self.token.copy_(token)
         self.at.fill_(t)
         self.graph.replay()
@@ -333,23 +340,22 @@ class Decoder:
             x = x + down(up(ln_2(x)).relu_())
         return self.head(self.ln(x))
 
-    def record(self, token: torch.Tensor) -> None:
-        """Makes the CUDA graph of a step. Its shapes are fixed, so it looks at all positions, and a mask hides those to come."""
-        self.token, self.at = token.clone(), token.new_full((1,), self.length - 1)  # what the graph reads
-        self.caches[..., self.length:, :] = 0  # hidden, but 0 * nan is nan
 
-        def read():
-            positions = torch.arange(self.caches.shape[4], device=token.device)
-            return self.read(self.token, self.at, slice(None), positions[None] <= self.at)
+def record(function: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A CUDA graph of all that `function` starts on the GPU, so that starting it costs next to nothing.
 
-        stream = torch.cuda.Stream()  # of its own: graphs recorded on one stream share its cuBLAS workspace
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            read()  # so that libraries set themselves up before
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.logits = read()
+    Returns the graph, whose `replay` does it all again, with what is then in the tensors it reads, and the result of the function, which
+    each replay writes anew. Calls the function twice: before recording it, libraries must set themselves up.
+    """
+    stream = torch.cuda.Stream()  # of its own: graphs recorded on one stream share its cuBLAS workspace
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = function()
+    return graph, result
 
 
 def norm(layer: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:

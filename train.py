@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import (CPU_BATCH, EVAL_TOKENS, GPT, GPTConfig, can_compile, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss,
-                   out_of_memory, save_checkpoint, side_by_side, split, windows)
+                   out_of_memory, record, save_checkpoint, side_by_side, split, windows)
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, MAX_VOCAB, PRETRAINED, BasicTokenizer, atomic_write, read_text
 
 RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt", "metrics.csv", "histograms.npz"}
@@ -252,9 +253,11 @@ class Trainer:
         self.grad_norm = torch.tensor(math.nan)
         if last:
             self.restore(last)
-        self.step_model = torch.compile(self.model) if self.compiled else self.model
-        if self.world_size > 1:
-            self.step_model = torch.nn.parallel.DistributedDataParallel(self.step_model)
+        if self.compiled:
+            for block in self.model.blocks:  # which are alike, so that one has to be compiled, not the whole network
+                block.compile()
+        self.step_model = torch.nn.parallel.DistributedDataParallel(self.model) if self.world_size > 1 else self.model
+        self.graph = None
         self.stop = Stop()
 
     def summary(self) -> str:
@@ -427,27 +430,22 @@ class Trainer:
 
     def step(self) -> torch.Tensor:
         """One iteration: a batch, its gradients, an update. Returns the loss, a scalar left on the device."""
-        args, data = self.args, self.training_tokens()
+        args = self.args
         for optimizer, peak in zip(self.optimizers, (args.learning_rate, args.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule(self.iteration, args)
-        starts = torch.randint(len(data) - args.block_size, (args.batch_size,), generator=self.batches, device=self.device)
-        mine = starts.chunk(self.world_size)[self.rank]
-        at_once = CPU_BATCH if self.device.type == "cpu" else len(mine)
-        parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else mine.split(at_once)
-        self.model.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for i, part in enumerate(parts, 1):
-            wait = self.world_size > 1 and i < len(parts)  # the ranks exchange gradients once, after the last part
-            with self.step_model.no_sync() if wait else contextlib.nullcontext():
-                with self.autocast:
-                    idx, targets = windows(data, part, args.block_size)
-                    if self.teachers:  # in turn: on average that gives the gradient of their mean, as the loss is linear in the targets
-                        turn = self.iteration + self.rank * len(parts) + i
-                        targets = soften(targets, self.teachers[turn % len(self.teachers)], idx, args.teacher_temperature)
-                    loss = self.step_model(idx, targets, args.train_temperature)[1] * (len(part) / len(mine))
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+        if self.device.type != "cuda" or self.world_size > 1:
+            loss = self.gradients(self.batch())
+        else:  # a network this small keeps a GPU busy for less time than Python takes to start all of its operations
+            if self.graph is None:
+                self.inputs = list(self.batch())
+                self.graph, self.loss = record(lambda: self.gradients(self.inputs))
+            else:
+                for old, new in zip(self.inputs, self.batch()):
+                    for tensor, value in zip(old, new):
+                        tensor.copy_(value)
+            self.graph.replay()
+            loss = self.loss
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
@@ -457,6 +455,36 @@ class Trainer:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
         self.scaler.update()
+        return loss
+
+    def batch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Draws a batch and yields this process's share of it, in the parts that it is computed in: inputs and targets, as `GPT.forward` wants."""
+        args, data = self.args, self.training_tokens()
+        starts = torch.randint(len(data) - args.block_size, (args.batch_size,), generator=self.batches, device=self.device)
+        mine = starts.chunk(self.world_size)[self.rank]
+        at_once = CPU_BATCH if self.device.type == "cpu" else len(mine)
+        parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else mine.split(at_once)
+        for i, part in enumerate(parts, 1):
+            idx, targets = windows(data, part, args.block_size)
+            if self.teachers:  # in turn: on average that gives the gradient of their mean, as the loss is linear in the targets
+                teacher = self.teachers[(self.iteration + self.rank * len(parts) + i) % len(self.teachers)]
+                with self.autocast:
+                    targets = soften(targets, teacher, idx, args.teacher_temperature)
+            yield idx, targets
+
+    def gradients(self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Leaves the gradients of the mean loss in the parameters, scaled. Returns that loss, a scalar left on the device."""
+        size, done = self.args.batch_size // self.world_size, 0
+        self.model.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for idx, targets in parts:
+            done += len(idx)
+            wait = self.world_size > 1 and done < size  # the ranks exchange gradients once, after the last part
+            with self.step_model.no_sync() if wait else contextlib.nullcontext():
+                with self.autocast:
+                    loss = self.step_model(idx, targets, self.args.train_temperature)[1] * (len(idx) / size)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
         return total
 
     def tokens_per_second(self) -> float:
@@ -477,11 +505,12 @@ class Trainer:
         """Measures losses and ReLUs, adds a row to the metrics, keeps the weights if they are the best. Returns a line to print."""
         args, grad_norm = self.args, self.grad_norm.item()  # waits for a GPU, so that the speed is true
         speed = self.tokens_per_second()
-        loss = {name: self.mean_loss(name) for name in ("train", "val")}
-        if not math.isfinite(loss["val"]):
-            raise ValueError(self.not_finite("the validation loss"))
+        with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():  # compiled for training alone
+            loss = {name: self.mean_loss(name) for name in ("train", "val")}
+            if not math.isfinite(loss["val"]):
+                raise ValueError(self.not_finite("the validation loss"))
+            relus, histograms = self.inspect_relus() if self.master else ({}, {})
         per_char = {name: loss[name] * self.tokens_per_char[name] for name in loss}
-        relus, histograms = self.inspect_relus() if self.master else ({}, {})
         seconds = time.monotonic() - self.started
         self.metrics.append({
             "iteration": self.iteration, "tokens_seen": self.tokens_seen, "epochs": self.tokens_seen / len(self.data["train"]),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import model as model_module
-from model import (Decoder, GPT, GPTConfig, Int8Linear, attend, attend_fused, keep_mask, load_checkpoint, load_model, mean_loss,
+from model import (Decoder, GPT, GPTConfig, Int8Linear, attend, keep_mask, load_checkpoint, load_model, mean_loss,
                    quantize_dynamic, sample, save_checkpoint, side_by_side, split, windows)
 from textbook_gpt import TextbookGPT, copy_weights
 
@@ -139,13 +139,17 @@ def test_attention_with_dropout_is_attention_whose_weights_are_dropped(monkeypat
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_padding_a_head_with_zeros_changes_nothing():
+def test_attention_in_fewer_pieces_or_padded_as_a_gpu_has_it_is_the_same(small):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 6, 32, 38).unbind()
-    fused, expected = attend_fused(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert fused.shape == q.shape
-    torch.testing.assert_close(fused, expected)
-    torch.testing.assert_close(attend(q, k, v), expected)
+    q, k, v = torch.randn(3, 2, 6, 100, 38).unbind()
+    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    layer, x, caches = small.blocks[0].attn, torch.randn(3, 16, 22, requires_grad=True), torch.zeros(2, 2, 3, 4, 16, 5)  # heads of 5, padded to 8
+    expected, padded = layer(x, caches[0]), layer.forward_fused(x, caches[1])
+    torch.testing.assert_close(padded, expected)
+    torch.testing.assert_close(caches[1], caches[0])
+    inputs = x, layer.qkv.weight, layer.proj.weight, layer.proj.bias
+    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (padded, expected))):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 # sampling
