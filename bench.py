@@ -136,69 +136,64 @@ def bench_train(args):
 
     config, device, batch_size = GPTConfig(), choose_device(args.device), args.batch_size
     data = torch.randint(config.vocab_size, (10**6,), dtype=torch.int32, device=device)
-    slow_data = data.long().cpu()
-    often = 1 if device.type == "cpu" else 20  # iterations between two looks at the clock, which make a GPU wait
+    on_cpu, often = data.long().cpu(), 1 if device.type == "cpu" else 20  # iterations between two looks at the clock, which make a GPU wait
 
-    def few_operations():
+    def gathered():
+        """A batch, as train.py makes it."""
         return windows(data, torch.randint(len(data) - config.block_size, (batch_size,), device=device), config.block_size)
 
-    def many_operations():  # as textbooks, and nanoGPT, make a batch
-        starts = torch.randint(len(slow_data) - config.block_size, (batch_size,))
-        stacks = [torch.stack([slow_data[start + i:start + i + config.block_size] for start in starts]) for i in range(2)]
-        return [stack.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else stack.to(device) for stack in stacks]
+    def stacked():
+        """A batch, as textbooks and nanoGPT make it."""
+        starts = torch.randint(len(data) - config.block_size, (batch_size,))
+        stacks = [torch.stack([on_cpu[start + i:start + i + config.block_size] for start in starts]) for i in range(2)]
+        return [stack.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else stack for stack in stacks]
 
     def repeat(iteration):
         def run():
             for _ in range(often):
                 loss = iteration()
-            loss.item()  # waits for a GPU
+            loss.item()
         return run
 
-    def plain(model, optimizer, dtype, clip=math.inf):
-        """Iterations as a textbook has them or, compiled and in bfloat16, nanoGPT."""
+    def plain(model, optimizer, dtype, clip=False):
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
         def iteration():
             optimizer.zero_grad(set_to_none=True)
-            idx, targets = many_operations()
+            idx, targets = stacked()
             with autocast:
                 loss = model(idx, targets)[1]
             loss.backward()
-            if clip < math.inf:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             return loss
         return repeat(iteration)
 
     def ours(dtype):
-        """Iterations as train.py has them."""
-        network = GPT(config).to(device)
+        network, inputs = GPT(config).to(device), gathered()
         if can_compile(device):
             for block in network.blocks:
                 block.compile()
         optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        autocast, graphs = torch.autocast(device.type, dtype, enabled=dtype != torch.float32), []
-        inputs = few_operations()
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
         def gradients():
             network.zero_grad(set_to_none=True)
-            parts = [tensor.split(CPU_BATCH if device.type == "cpu" else batch_size) for tensor in inputs]
-            for part in zip(*parts):
+            at_once = CPU_BATCH if device.type == "cpu" else batch_size
+            for idx, targets in zip(*(tensor.split(at_once) for tensor in inputs)):
                 with autocast:
-                    loss = network(*part)[1] / len(parts[0])
+                    loss = network(idx, targets)[1] * (len(idx) / batch_size)
                 scaler.scale(loss).backward()
             return loss
 
+        again = record(gradients) if device.type == "cuda" else gradients
+
         def iteration():
-            for old, new in zip(inputs, few_operations()):
+            for old, new in zip(inputs, gathered()):
                 old.copy_(new)
-            if device.type == "cuda":
-                graphs.extend([] if graphs else [record(gradients)])
-                [(graph, loss)] = graphs
-                graph.replay()
-            else:
-                loss = gradients()
+            loss = again()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(network.parameters(), math.inf)
             scaler.step(optimizer)
@@ -206,19 +201,18 @@ def bench_train(args):
             return loss
         return repeat(iteration)
 
-    textbook = TextbookGPT(config).to(device)
+    textbook, auto = TextbookGPT(config).to(device), choose_dtype("auto", device)
     runs = {"textbook, float32": plain(textbook, torch.optim.AdamW(textbook.parameters(), lr=3e-4), torch.float32)}
-    auto = choose_dtype("auto", device)
     runs |= {f"ours, {str(dtype)[6:]}": ours(dtype) for dtype in dict.fromkeys([torch.float32, auto])}
     if args.nanogpt:
         spec = importlib.util.spec_from_file_location("nanogpt", args.nanogpt / "model.py")
-        sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.modules["nanogpt"] = nanogpt = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nanogpt)
         width = config.n_head * config.head_size  # which n_head must divide there
-        network = module.GPT(module.GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head, width, config.dropout,
-                                              bias=False)).to(device)
+        network = nanogpt.GPT(nanogpt.GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head, width, config.dropout,
+                                                bias=False)).to(device)
         optimizer = network.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
-        runs[f"nanoGPT, {str(auto)[6:]}"] = plain(torch.compile(network), optimizer, auto, clip=1.0)
+        runs[f"nanoGPT, {str(auto)[6:]}"] = plain(torch.compile(network), optimizer, auto, clip=True)
     memory = {}
     for name, run in runs.items():
         run(), run()  # warms up, and compiles

@@ -299,7 +299,7 @@ class Decoder:
                         norm(block.ln_2), few_rows(block.ffwd.up, batch_size), few_rows(block.ffwd.down, batch_size), cache)
                        for block, cache in zip(model.blocks, self.caches)]
         self.ln, self.head = norm(model.ln), few_rows(model.head, batch_size)
-        self.graph = None
+        self.replay = None
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
@@ -313,21 +313,25 @@ class Decoder:
         t, self.length = self.length, self.length + 1
         if token.device.type != "cuda":
             return self.read(token, slice(t, t + 1), slice(t + 1))
-        if self.graph is None:
+        if self.replay is None:
             self.token, self.at = token.clone(), token.new_full((1,), t)  # what the graph reads
-            self.caches[..., t:, :] = 0  # its shapes are fixed, so it looks at all positions; a mask hides those to come, but 0 * nan is nan
-            positions = torch.arange(self.caches.shape[4], device=token.device)
+            self.caches[..., t:, :] = 0  # it looks at all positions: those to come have a weight of 0, but 0 * nan is nan
+
+            def read():
+                positions = torch.arange(self.caches.shape[4], device=token.device)
+                future = torch.zeros(1, 1, len(positions), device=token.device).masked_fill(positions > self.at, float("-inf"))
+                return self.read(self.token, self.at, slice(None), future)
+
             with torch.cuda.device(token.device), torch.autocast("cuda", enabled=False):
-                self.graph, self.logits = record(lambda: self.read(self.token, self.at, slice(None), positions[None] <= self.at))
+                self.replay = record(read)
         self.token.copy_(token)
         self.at.fill_(t)
-        self.graph.replay()
-        return self.logits.clone()
+        return self.replay().clone()
 
-    def read(self, token: torch.Tensor, at: slice | torch.Tensor, seen: slice, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def read(self, token: torch.Tensor, at: slice | torch.Tensor, seen: slice, future: torch.Tensor | None = None) -> torch.Tensor:
         """Reads token (B,) int64 at position `at`, a slice or (1,) int64, and returns the logits of the one after it, (B, V).
 
-        It sees the positions `seen`, T of them, or of those the ones for which mask, (1, T) bool, is true.
+        It sees the positions `seen`, T of them, or of those the ones for which future, (1, 1, T) float32, is 0 and not -inf.
         """
         B, H, _, D = self.caches.shape[2:]
         x = F.embedding(token, self.model.token_embedding.weight) + self.model.position_embedding.weight[at]  # (B, C)
@@ -335,17 +339,21 @@ class Decoder:
             new = qkv(ln_1(x)).view(B, 3, H, 1, D).transpose(0, 1)  # (3, B, H, 1, D)
             cache[:, :, :, at] = new[1:]
             k, v = cache[:, :, :, seen]  # each (B, H, T, D)
-            y = F.scaled_dot_product_attention(new[0], k, v, mask)  # (B, H, 1, D)
+            if future is None:
+                y = F.scaled_dot_product_attention(new[0], k, v)  # (B, H, 1, D)
+            else:  # on a GPU it would start several times as many operations
+                weights = torch.baddbmm(future, new[0].flatten(0, 1), k.flatten(0, 1).mT, alpha=D ** -0.5).softmax(-1)  # (B * H, 1, T)
+                y = torch.bmm(weights, v.flatten(0, 1))
             x = x + proj(y.reshape(B, H * D))
             x = x + down(up(ln_2(x)).relu_())
         return self.head(self.ln(x))
 
 
-def record(function: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
-    """A CUDA graph of all that `function` starts on the GPU, so that starting it costs next to nothing.
+def record(function: Callable[[], object]) -> Callable[[], object]:
+    """Records all that `function` starts on the GPU, as a CUDA graph, so that starting it again costs next to nothing.
 
-    Returns the graph, whose `replay` does it all again, with what is then in the tensors it reads, and the result of the function, which
-    each replay writes anew. Calls the function twice: before recording it, libraries must set themselves up.
+    Returns a function that does it all again, with what is then in the tensors it reads, which must be kept. The result is always the same
+    object, written anew. Calls `function` twice: before it is recorded, libraries must set themselves up.
     """
     stream = torch.cuda.Stream()  # of its own: graphs recorded on one stream share its cuBLAS workspace
     stream.wait_stream(torch.cuda.current_stream())
@@ -355,7 +363,11 @@ def record(function: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         result = function()
-    return graph, result
+
+    def replay():
+        graph.replay()
+        return result
+    return replay
 
 
 def norm(layer: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -257,7 +257,7 @@ class Trainer:
             for block in self.model.blocks:  # which are alike, so that one has to be compiled, not the whole network
                 block.compile()
         self.step_model = torch.nn.parallel.DistributedDataParallel(self.model) if self.world_size > 1 else self.model
-        self.graph = None
+        self.replay = None
         self.stop = Stop()
 
     def summary(self) -> str:
@@ -437,15 +437,14 @@ class Trainer:
         if self.device.type != "cuda" or self.world_size > 1:
             loss = self.gradients(self.batch())
         else:  # a network this small keeps a GPU busy for less time than Python takes to start all of its operations
-            if self.graph is None:
+            if self.replay is None:
                 self.inputs = list(self.batch())
-                self.graph, self.loss = record(lambda: self.gradients(self.inputs))
+                self.replay = record(lambda: self.gradients(self.inputs))
             else:
                 for old, new in zip(self.inputs, self.batch()):
                     for tensor, value in zip(old, new):
                         tensor.copy_(value)
-            self.graph.replay()
-            loss = self.loss
+            loss = self.replay()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip or math.inf)
@@ -671,7 +670,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                          help="of the arithmetic (default: bfloat16 where the hardware has it, else float16 on a CUDA GPU, else float32)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                         help="fuse the network with torch.compile (default: where it can, on CUDA)")
+                         help="fuse the operations of each block with torch.compile (default: where it can, on CUDA)")
 
     parser.set_defaults(**PRESETS[parser.parse_args().preset])
     args, last = parser.parse_args(), None

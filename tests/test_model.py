@@ -173,7 +173,8 @@ def test_a_step_of_fixed_shapes_as_a_cuda_graph_has_it_gives_the_same_logits(sma
     decoder.caches[..., 5:, :] = 0
     with torch.inference_mode():
         for t in range(5, 16):
-            logits = decoder.read(idx[:, t], torch.tensor([t]), slice(None), torch.arange(16)[None] <= t)
+            future = torch.zeros(1, 1, 16).masked_fill(torch.arange(16) > t, float("-inf"))
+            logits = decoder.read(idx[:, t], torch.tensor([t]), slice(None), future)
             torch.testing.assert_close(logits, expected[:, t], atol=1e-4, rtol=0)
 
 

@@ -212,6 +212,18 @@ def test_a_gpu_trains_and_resumes(tiny_text, tmp_path, flags):
     assert losses(tmp_path)[30][1] < losses(tmp_path)[0][1]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_batch_trains_as_its_operations_one_by_one_do(tiny_text, tmp_path):
+    flags = ["--device", "cuda", "--dtype", "float32", "--no-compile", "--dropout", 0, "--attention_dropout", 0,
+             "--gradient_accumulation_steps", 2, "--max_iters", 40, "--eval_interval", 20]
+    assert train(tmp_path / "recorded", tiny_text, *flags).returncode == 0
+    code = "import train; train.record = lambda function: function; train.main()"
+    subprocess.run([sys.executable, "-c", code, *TINY, *map(str, flags), "--data_path", tiny_text, "--out_dir", tmp_path / "one by one"],
+                   cwd=ROOT, check=True, capture_output=True)
+    for ours, theirs in zip(losses(tmp_path / "recorded").values(), losses(tmp_path / "one by one").values(), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(tiny_text, tmp_path, number):
     command = [sys.executable, "train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path / "run", "--max_iters", "200",
