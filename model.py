@@ -480,10 +480,12 @@ def can_compile(device: torch.device) -> bool:
             and importlib.util.find_spec("triton") is not None)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is not enough memory, of a GPU or of the machine; PyTorch says so in several ways."""
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one it came from, says that there is not enough memory, of a GPU or of the machine; PyTorch says so in several ways."""
     told = "out of memory", "enough memory", "allocate memory", "calculation overflowed", "Invalid buffer size"
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in str(error) for words in told):
+        return True
+    return error is not None and out_of_memory(error.__context__)  # ending the recording of a CUDA graph raises another error
 
 
 class Int8Linear(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import model as model_module
-from model import (Decoder, GPT, GPTConfig, Int8Linear, attend, keep_mask, load_checkpoint, load_model, mean_loss,
+from model import (Decoder, GPT, GPTConfig, Int8Linear, attend, keep_mask, load_checkpoint, load_model, mean_loss, out_of_memory,
                    quantize_dynamic, sample, save_checkpoint, side_by_side, split, windows)
 from textbook_gpt import TextbookGPT, copy_weights
 
@@ -28,6 +28,17 @@ def small():
 
 def random_ids(*shape, vocab_size=50):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_errors_that_come_from_a_lack_of_memory_are_known_as_such():
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        assert out_of_memory(error)
+    assert out_of_memory(MemoryError()) and not out_of_memory(RuntimeError("CUDA error: unspecified launch failure"))
 
 
 # the network
@@ -187,6 +198,18 @@ def test_text_and_losses_on_a_gpu_are_those_on_the_cpu(small):
     for pair, expected in zip(zip(*streams), text[:, 3:].T, strict=True):  # two graphs, in turn
         assert all(torch.equal(tokens.cpu(), expected) for tokens in pair)
     torch.testing.assert_close(small(long.cuda(), long.cuda())[1].cpu(), loss, atol=1e-4, rtol=0)
+
+
+def test_a_block_as_a_gpu_has_it_compiles_as_a_whole(small, monkeypatch):
+    monkeypatch.setattr(model_module.CausalSelfAttention, "forward", model_module.CausalSelfAttention.forward_fused)
+    monkeypatch.setattr(model_module.Dropout, "forward", torch.nn.Dropout.forward)
+    idx = random_ids(3, 16)
+    expected = small(idx)[0]
+    for block in small.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)  # fails where a part would be left out
+    torch.testing.assert_close(small(idx)[0], expected)
+    small.train()(idx, idx)[1].backward()
+    assert all(p.grad is not None for p in small.parameters())
 
 
 def test_greedy_text_is_that_of_the_textbook_loop(small):
