@@ -201,25 +201,31 @@ def bench_train(args):
             return loss
         return repeat(iteration)
 
-    textbook, auto = TextbookGPT(config).to(device), choose_dtype("auto", device)
-    runs = {"textbook, float32": plain(textbook, torch.optim.AdamW(textbook.parameters(), lr=3e-4), torch.float32)}
-    runs |= {f"ours, {str(dtype)[6:]}": ours(dtype) for dtype in dict.fromkeys([torch.float32, auto])}
-    if args.nanogpt:
+    def textbook():
+        network = TextbookGPT(config).to(device)
+        return plain(network, torch.optim.AdamW(network.parameters(), lr=3e-4), torch.float32)
+
+    def nanogpt(dtype):
         spec = importlib.util.spec_from_file_location("nanogpt", args.nanogpt / "model.py")
-        sys.modules["nanogpt"] = nanogpt = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(nanogpt)
+        sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         width = config.n_head * config.head_size  # which n_head must divide there
-        network = nanogpt.GPT(nanogpt.GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head, width, config.dropout,
-                                                bias=False)).to(device)
-        optimizer = network.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
-        runs[f"nanoGPT, {str(auto)[6:]}"] = plain(torch.compile(network), optimizer, auto, clip=True)
-    memory = {}
-    for name, run in runs.items():
-        run(), run()  # warms up, and compiles
+        network = module.GPT(module.GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head, width, config.dropout,
+                                              bias=False)).to(device)
+        return plain(torch.compile(network), network.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type), dtype, clip=True)
+
+    auto, runs, memory = choose_dtype("auto", device), {}, {}
+    makers = {"textbook, float32": textbook}
+    makers |= {f"ours, {str(dtype)[6:]}": functools.partial(ours, dtype) for dtype in (torch.float32, auto)}
+    makers |= {f"nanoGPT, {str(auto)[6:]}": functools.partial(nanogpt, auto)} if args.nanogpt else {}
+    for name, make in makers.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            run()
-            memory[name] = torch.cuda.max_memory_allocated(device)
+            before = torch.cuda.memory_allocated(device)
+        runs[name] = make()
+        runs[name](), runs[name]()  # warms up, and compiles
+        if device.type == "cuda":
+            memory[name] = torch.cuda.max_memory_allocated(device) - before
     times = {name: time_ / often for name, time_ in zip(runs, alternate(list(runs.values()), args.repeats))}
 
     network = GPT(config)
