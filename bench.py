@@ -135,6 +135,8 @@ def bench_train(args):
     from textbook_gpt import TextbookGPT
 
     config, device, batch_size = GPTConfig(), choose_device(args.device), args.batch_size
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     data = torch.randint(config.vocab_size, (10**6,), dtype=torch.int32, device=device)
     on_cpu, often = data.long().cpu(), 1 if device.type == "cpu" else 20  # iterations between two looks at the clock, which make a GPU wait
 
@@ -186,7 +188,7 @@ def bench_train(args):
                 with autocast:
                     loss = network(idx, targets)[1] * (len(idx) / batch_size)
                 scaler.scale(loss).backward()
-            return loss
+            return loss.detach()
 
         again = record(gradients) if device.type == "cuda" else gradients
 

@@ -100,7 +100,7 @@ class CausalSelfAttention(nn.Module):
     def forward_fused(self, x: torch.Tensor, cache: torch.Tensor | None) -> torch.Tensor:
         """`forward` on a GPU, whose fused kernels want a multiple of 8 channels a head.
 
-        The weights get so many more, all zeros: these change neither scores nor values.
+        The weights of each head are padded with zeros up to that, which changes neither scores nor values.
         """
         B, T, _ = x.shape
         H, D, more = self.n_head, self.head_size, -self.head_size % 8
@@ -266,8 +266,8 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
     """Causal attention on a CPU, whose fused kernel knows no dropout and has a slow backward pass. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
-    `dropout` is the probability with which each weight is dropped. It takes 64 queries at a time, so that keys that lie in the future of
-    all 64 are never looked at.
+    Takes 64 queries at a time, so that keys that lie in the future of all 64 are never looked at. `dropout` is the probability with which
+    each weight is dropped.
     """
     B, H, T, D = q.shape
     v = v * (1 / (1 - dropout))  # in place of scaling the weights, of which there are more
@@ -352,12 +352,13 @@ class Decoder:
 def record(function: Callable[[], object]) -> Callable[[], object]:
     """Records all that `function` starts on the GPU, as a CUDA graph, so that starting it again costs next to nothing.
 
-    Returns a function that does it all again, with what is then in the tensors it reads, which must be kept. The result is always the same
-    object, written anew. Calls `function` twice: before it is recorded, libraries must set themselves up.
+    Returns a function that does it all again, with what is then in the tensors it reads: they must stay alive and in place. What it returns
+    and what it leaves elsewhere, as gradients, are always the same tensors, written anew. Calls `function` once before it is recorded, as
+    libraries must set themselves up; random numbers drawn in that call are drawn again.
     """
     stream = torch.cuda.Stream()  # of its own: graphs recorded on one stream share its cuBLAS workspace
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), torch.random.fork_rng([torch.cuda.current_device()]):
         function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

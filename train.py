@@ -752,8 +752,8 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {error}")
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            sys.exit("train.py: not enough memory: use a smaller --batch_size, --block_size, --n_embd, --n_layer or --eval_iters, or another "
-                     "--device")
+            sys.exit("train.py: not enough memory: use more --gradient_accumulation_steps, a smaller --batch_size, --block_size, --n_embd, "
+                     "--n_layer or --eval_iters, or another --device")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sys.exit("train.py: torch.compile failed, as it does where there is no C compiler: train with --no-compile")
         raise

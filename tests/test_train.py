@@ -210,6 +210,9 @@ def test_a_gpu_trains_and_resumes(tiny_text, tmp_path, flags):
     assert train(tmp_path, tiny_text, *gpu, "--max_iters", 20, "--eval_interval", 10, *flags).returncode == 0
     assert run("train.py", "--resume", "--out_dir", tmp_path, "--max_iters", 30).returncode == 0
     assert losses(tmp_path)[30][1] < losses(tmp_path)[0][1]
+    train(tmp_path / "unbroken", tiny_text, *gpu, "--max_iters", 30, "--eval_interval", 10, *flags)
+    resumed, unbroken = (load_checkpoint(folder / "last.pt")["random"] for folder in (tmp_path, tmp_path / "unbroken"))
+    assert all(map(torch.equal, resumed, unbroken))  # as much dropout was drawn
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
