@@ -100,7 +100,7 @@ class CausalSelfAttention(nn.Module):
     def forward_fused(self, x: torch.Tensor, cache: torch.Tensor | None) -> torch.Tensor:
         """`forward` on a GPU, whose fused kernels want a multiple of 8 channels a head.
 
-        The weights of each head are padded with zeros up to that, which changes neither scores nor values.
+        The weights are padded with zeros up to that (38 channels become 40): zeros add nothing to a score, and `proj` ignores them.
         """
         B, T, _ = x.shape
         H, D, more = self.n_head, self.head_size, -self.head_size % 8
@@ -331,7 +331,7 @@ class Decoder:
     def read(self, token: torch.Tensor, at: slice | torch.Tensor, seen: slice, future: torch.Tensor | None = None) -> torch.Tensor:
         """Reads token (B,) int64 at position `at`, a slice or (1,) int64, and returns the logits of the one after it, (B, V).
 
-        It sees the positions `seen`, T of them, or of those the ones for which future, (1, 1, T) float32, is 0 and not -inf.
+        It sees the T positions in `seen` or, with `future`, (1, 1, T) float32, only those of them where that is 0, not -inf.
         """
         B, H, _, D = self.caches.shape[2:]
         x = F.embedding(token, self.model.token_embedding.weight) + self.model.position_embedding.weight[at]  # (B, C)
@@ -341,7 +341,7 @@ class Decoder:
             k, v = cache[:, :, :, seen]  # each (B, H, T, D)
             if future is None:
                 y = F.scaled_dot_product_attention(new[0], k, v)  # (B, H, 1, D)
-            else:  # on a GPU it would start several times as many operations
+            else:  # on a GPU that function would start several times as many operations
                 weights = torch.baddbmm(future, new[0].flatten(0, 1), k.flatten(0, 1).mT, alpha=D ** -0.5).softmax(-1)  # (B * H, 1, T)
                 y = torch.bmm(weights, v.flatten(0, 1))
             x = x + proj(y.reshape(B, H * D))
@@ -352,9 +352,9 @@ class Decoder:
 def record(function: Callable[[], object]) -> Callable[[], object]:
     """Records all that `function` starts on the GPU, as a CUDA graph, so that starting it again costs next to nothing.
 
-    Returns a function that does it all again, with what is then in the tensors it reads: they must stay alive and in place. What it returns
-    and what it leaves elsewhere, as gradients, are always the same tensors, written anew. Calls `function` once before it is recorded, as
-    libraries must set themselves up; random numbers drawn in that call are drawn again.
+    Returns a function that repeats it on whatever the tensors it reads then hold; these must stay alive, and be filled in place. What it
+    returns, or leaves elsewhere, as gradients, are always the same tensors, overwritten. `function` is called twice: once for real, as
+    libraries set themselves up in a first call (the random numbers drawn in it are drawn again later), and once to be recorded.
     """
     stream = torch.cuda.Stream()  # of its own: graphs recorded on one stream share its cuBLAS workspace
     stream.wait_stream(torch.cuda.current_stream())

@@ -576,9 +576,10 @@ class Trainer:
         return stats, histograms
 
     def checkpoint(self) -> dict:
-        """What a checkpoint for sampling holds: plain values and the weights."""
+        """What a checkpoint for sampling holds: plain values and the weights, on the CPU, so that it loads everywhere."""
         row = self.metrics[-1]
-        return {"config": asdict(self.config), "model": self.model.state_dict(), "tokenizer": self.tokenizer.fingerprint,
+        weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
+        return {"config": asdict(self.config), "model": weights, "tokenizer": self.tokenizer.fingerprint,
                 "text": self.text_hash, "iteration": self.iteration} | {key: row[key] for key in ("train_loss", "val_loss", "val_nats_per_char")}
 
     def save(self) -> None:
