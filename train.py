@@ -264,7 +264,7 @@ class Trainer:
         """What is about to run, in one line."""
         machine = self.device.type if self.world_size == 1 else f"{self.world_size} x {self.device.type}"
         return (f"{sum(p.numel() for p in self.model.parameters()):,} parameters in {str(self.dtype)[6:]} on {machine}"
-                f"{', compiled' if self.compiled else ''}; {len(self.data['train']):,} tokens to train on, {len(self.data['val']):,} "
+                f"{', compiled at the first iteration' if self.compiled else ''}; {len(self.data['train']):,} tokens to train on, {len(self.data['val']):,} "
                 f"to validate on; iterations {self.iteration} to {self.args.max_iters} of {self.args.batch_size} x {self.args.block_size} tokens")
 
     def join_others(self) -> None:
