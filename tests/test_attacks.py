@@ -898,7 +898,7 @@ BOUNDS = {
     **{f"tokenizer {command}": {"out_dir": ANY} for command in ("encode", "decode", "show")},
     "tokenizer vocab": {"out_dir": ANY, "data_path": ANY},
     "bench tokenizer": {"data_path": ANY, "repeats": FROM_1, "megabytes": (["1", "1,10"], ["0", "1,,2", "1,-1", *WHOLE])},
-    "bench train": {"repeats": FROM_1, "batch_size": FROM_1, "device": ANY}, "bench sample": {"repeats": FROM_1, "device": ANY},
+    "bench train": {"repeats": FROM_1, "batch_size": FROM_1, "device": ANY, "nanogpt": ANY}, "bench sample": {"repeats": FROM_1, "device": ANY},
     "bench quantize": {"repeats": FROM_1, "out_dir": ANY, "data_path": ANY}, "bench loss": {"out_dir": ANY, "data_path": ANY},
 }
 SWITCHES = {"train": ["resume", "compile", "no-compile"], "tokenizer train": ["verbose"]}
