@@ -38,7 +38,8 @@ def tokens_per_second(model: GPT, start: torch.Tensor) -> float:
 def compare(before: GPT, after: GPT, paths: tuple[Path, Path], val: torch.Tensor, tokens_per_char: float, start: torch.Tensor) -> str:
     """The table of size, loss and speed before and after. val: (N,) int64; start: (1, T) int64, what speed is measured from."""
     speeds = [[tokens_per_second(model, start) for model in (before, after)] for _ in range(5)]  # in turn
-    losses = [mean_loss(model, val, side_by_side(val, model.config.block_size, EVAL_TOKENS // model.config.block_size)) for model in (before, after)]
+    T = before.config.block_size
+    losses = [mean_loss(model, val, side_by_side(val, T, EVAL_TOKENS // T)) for model in (before, after)]
     rows = [("size on disk, MB", *(path.stat().st_size / 1e6 for path in paths), 2),
             ("size in memory, MB", memory_bytes(before) / 1e6, memory_bytes(after) / 1e6, 2),
             ("validation loss, nats per token", *losses, 4),

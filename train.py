@@ -263,9 +263,10 @@ class Trainer:
     def summary(self) -> str:
         """What is about to run, in one line."""
         machine = self.device.type if self.world_size == 1 else f"{self.world_size} x {self.device.type}"
-        return (f"{sum(p.numel() for p in self.model.parameters()):,} parameters in {str(self.dtype)[6:]} on {machine}"
-                f"{', compiled at the first iteration' if self.compiled else ''}; {len(self.data['train']):,} tokens to train on, {len(self.data['val']):,} "
-                f"to validate on; iterations {self.iteration} to {self.args.max_iters} of {self.args.batch_size} x {self.args.block_size} tokens")
+        machine += ", compiled at the first iteration" * self.compiled
+        return (f"{sum(p.numel() for p in self.model.parameters()):,} parameters in {str(self.dtype)[6:]} on {machine}; "
+                f"{len(self.data['train']):,} tokens to train on, {len(self.data['val']):,} to validate on; "
+                f"iterations {self.iteration} to {self.args.max_iters} of {self.args.batch_size} x {self.args.block_size} tokens")
 
     def join_others(self) -> None:
         """Meets the other processes that torchrun started, each on a GPU of its own or on the CPU."""
