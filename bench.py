@@ -131,7 +131,7 @@ def bench_train(args):
     """Whole iterations (batch, forward, backward, update) at the published sizes, dropout included, in turn."""
     import torch
 
-    from model import CPU_BATCH, GPT, GPTConfig, can_compile, choose_device, choose_dtype, record, windows
+    from model import CPU_TOKENS, GPT, GPTConfig, Workers, can_compile, choose_device, choose_dtype, record, windows
     from textbook_gpt import TextbookGPT
 
     config, device, batch_size = GPTConfig(), choose_device(args.device), args.batch_size
@@ -179,28 +179,33 @@ def bench_train(args):
                 block.compile()
         optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        weights, scale = list(network.parameters()), scaler.scale(torch.ones((), device=device))
+        at_once = CPU_TOKENS // config.block_size
+
+        def loss(idx, targets):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+                return network(idx, targets)[1] * (len(idx) / batch_size)
 
         def gradients():
+            if device.type == "cpu":
+                return workers.gradients(loss, list(zip(*(tensor.split(at_once) for tensor in inputs))), weights, scale)
             network.zero_grad(set_to_none=True)
-            at_once = CPU_BATCH if device.type == "cpu" else batch_size
-            for idx, targets in zip(*(tensor.split(at_once) for tensor in inputs)):
-                with autocast:
-                    loss = network(idx, targets)[1] * (len(idx) / batch_size)
-                scaler.scale(loss).backward()
-            return loss.detach()
+            total = loss(*inputs)
+            scaler.scale(total).backward()
+            return total.detach()
 
+        workers = Workers(math.ceil(batch_size / at_once))
         again = record(gradients) if device.type == "cuda" else gradients
 
         def iteration():
             for old, new in zip(inputs, gathered()):
                 old.copy_(new)
-            loss = again()
+            total = again()
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(network.parameters(), math.inf)
+            torch.nn.utils.clip_grad_norm_(weights, math.inf)
             scaler.step(optimizer)
             scaler.update()
-            return loss
+            return total
         return repeat(iteration)
 
     def textbook():

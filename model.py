@@ -14,9 +14,11 @@ import math
 import pickletools
 import re
 import secrets
+import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,8 @@ LAST_WITH_INT8 = "the last version known to have it is 2.13; pip install torch==
 PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")  # all that a checkpoint's pickle names
 MAX_PICKLE, MAX_CONTAINERS = 1 << 24, 1 << 20  # bytes of that pickle, lists and dicts in it: a crafted one must not fill the memory
 EVAL_TOKENS = 2**18  # of a split that its loss is measured on at most: a long text must not make evaluating cost more than training
-CPU_BATCH = 8  # sequences that a CPU trains on at once: they take less memory than a whole batch, and no more time
+CPU_TOKENS = 1024  # that a core of a CPU trains on at once: they take less memory than a whole batch, and no more time
+this_thread = threading.local()  # its `generator` is what `keep_mask` draws from there; without one, it is PyTorch's own
 
 
 @dataclass
@@ -257,7 +260,8 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
     which would take a good part of a training step on a CPU.
     """
     n = shape.numel()
-    coins = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(shape)
+    generator = getattr(this_thread, "generator", None)
+    coins = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)[:n].view(shape)
     kept = coins.ge_(min(round(p * 2**16) - 2**15, 2**15 - 1))  # in place, as 0 and 1: a bool would be converted at each use
     return kept.mul_(0x3F80).view(dtype) if dtype == torch.bfloat16 else kept.to(dtype)  # 0x3F80: the bits of 1.0 in bfloat16
 
@@ -266,21 +270,23 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
     """Causal attention on a CPU, whose fused kernel knows no dropout and has a slow backward pass. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
-    Takes 64 queries at a time, so that keys that lie in the future of all 64 are never looked at. `dropout` is the probability with which
-    each weight is dropped.
+    Takes 64 queries at a time, so that keys that lie in the future of all 64 are never looked at, and begins with the last: the keys and
+    values of each 64 are then a slice of the slice before, and gradients, which become as long as what was sliced, stay short.
+    `dropout` is the probability with which each weight is dropped.
     """
     B, H, T, D = q.shape
     v = v * (1 / (1 - dropout))  # in place of scaling the weights, of which there are more
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     future = torch.full((T, T), float("-inf"), dtype=v.dtype).triu(1)
-    rows = []
-    for start in range(0, T, 64):
-        end = min(start + 64, T)
-        weights = torch.baddbmm(future[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2), alpha=D ** -0.5).softmax(-1)
+    rows, end = [], T
+    for queries in reversed(q.split(64, dim=1)):
+        start = end - queries.shape[1]
+        weights = torch.baddbmm(future[start:end, :end], queries, k.mT, alpha=D ** -0.5).softmax(-1)
         if dropout:
             weights = weights * keep_mask(weights.shape, dropout, weights.dtype)
-        rows.append(torch.bmm(weights, v[:, :end]))  # (B * H, 64, D)
-    return torch.cat(rows, dim=1).view(B, H, T, D)
+        rows.append(torch.bmm(weights, v))  # (B * H, 64, D)
+        k, v, end = k[:, :start], v[:, :start], start
+    return torch.cat(rows[::-1], dim=1).view(B, H, T, D)
 
 
 class Decoder:
@@ -369,6 +375,47 @@ def record(function: Callable[[], object]) -> Callable[[], object]:
         graph.replay()
         return result
     return replay
+
+
+class Workers:
+    """Threads that share out the parts of a batch among the cores of a CPU.
+
+    A core with a part of its own does not wait for others, as it would in each operation that all cores do together.
+    """
+
+    def __init__(self, parts: int):
+        """Starts as many threads as there are cores, or parts, if these are fewer; then several cores share a part."""
+        cores = torch.get_num_threads()
+        self.number = min(cores, parts)
+        self.pool = ThreadPoolExecutor(self.number, initializer=torch.set_num_threads, initargs=(cores // self.number,))
+
+    def gradients(self, loss: Callable[..., torch.Tensor], parts: Iterable[tuple], weights: list[nn.Parameter],
+                  scale: torch.Tensor) -> torch.Tensor:
+        """Leaves in the weights the gradient of scale, (), times the sum of loss(*part) over all parts. Returns that sum, unscaled, ()."""
+
+        def compute(part, seed):
+            this_thread.generator = torch.Generator().manual_seed(seed)
+            try:
+                value = loss(*part)
+            finally:
+                this_thread.generator = None
+            return value.detach(), torch.autograd.grad(value, weights, scale)
+
+        # With a seed for each part, and sums in their order, the result does not depend on which thread was first, nor on how many there are.
+        parts, total, cores = list(parts), torch.zeros(()), torch.get_num_threads()
+        seeds = torch.randint(2**63 - 1, (len(parts),)).tolist()
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        if self.number > 1:
+            torch.set_num_threads(1)  # for the sums of this thread, as all cores are busy
+        try:
+            for value, gradients in (self.pool.map if self.number > 1 else map)(compute, parts, seeds):
+                total += value
+                for weight, gradient in zip(weights, gradients):
+                    weight.grad += gradient
+        finally:
+            torch.set_num_threads(cores)
+        return total
 
 
 def norm(layer: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -30,8 +29,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import (CPU_BATCH, EVAL_TOKENS, GPT, GPTConfig, can_compile, choose_device, choose_dtype, load_checkpoint, load_model, mean_loss,
-                   out_of_memory, record, save_checkpoint, side_by_side, split, windows)
+from model import (CPU_TOKENS, EVAL_TOKENS, GPT, GPTConfig, Workers, can_compile, choose_device, choose_dtype, load_checkpoint, load_model,
+                   mean_loss, out_of_memory, record, save_checkpoint, side_by_side, split, windows)
 from tokenizer import CHECKPOINTS, DEFAULT_TEXT, MAX_VOCAB, PRETRAINED, BasicTokenizer, atomic_write, read_text
 
 RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt", "metrics.csv", "histograms.npz"}
@@ -231,9 +230,9 @@ class Trainer:
         if args.compile and self.device.type != "cuda":
             raise ValueError("--compile is for CUDA: it gains nothing elsewhere")
         self.compiled = can_compile(self.device) if args.compile is None else args.compile
-        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         if args.batch_size % self.world_size:
             raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it a multiple of {self.world_size} processes")
+        self.at_once = max(1, CPU_TOKENS // args.block_size) if self.device.type == "cpu" else args.batch_size // self.world_size
         self.load_text()
         self.teachers = [self.load_teacher(Path(path)) for path in args.teacher]
         self.teacher_hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.teacher]
@@ -257,7 +256,7 @@ class Trainer:
             for block in self.model.blocks:  # which are alike, so that one has to be compiled, not the whole network
                 block.compile()
         self.step_model = torch.nn.parallel.DistributedDataParallel(self.model) if self.world_size > 1 else self.model
-        self.replay = None
+        self.workers = self.replay = None
         self.stop = Stop()
 
     def summary(self) -> str:
@@ -435,14 +434,19 @@ class Trainer:
         for optimizer, peak in zip(self.optimizers, (args.learning_rate, args.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule(self.iteration, args)
-        if self.device.type != "cuda" or self.world_size > 1:
-            loss = self.gradients(self.batch())
+        batch = self.batch()
+        if self.device.type == "cpu" and self.world_size == 1:
+            self.workers = self.workers or Workers(len(batch))
+            loss = self.workers.gradients(self.loss, batch, list(self.model.parameters()), self.scaler.scale(torch.ones(())))
+        elif self.device.type != "cuda" or self.world_size > 1:
+            loss = self.gradients(batch)
         else:  # a network this small keeps a GPU busy for less time than Python takes to start all of its operations
+            batch = [(idx, self.taught(idx, targets, teacher)) for idx, targets, teacher in batch]
             if self.replay is None:
-                self.inputs = list(self.batch())
+                self.inputs = batch
                 self.replay = record(lambda: self.gradients(self.inputs))
             else:
-                for old, new in zip(self.inputs, self.batch()):
+                for old, new in zip(self.inputs, batch):
                     for tensor, value in zip(old, new):
                         tensor.copy_(value)
             loss = self.replay()
@@ -457,32 +461,39 @@ class Trainer:
         self.scaler.update()
         return loss
 
-    def batch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Draws a batch and yields this process's share of it, in the parts that it is computed in: inputs and targets, as `GPT.forward` wants."""
+    def batch(self) -> list[tuple[torch.Tensor, torch.Tensor, GPT | None]]:
+        """Draws a batch. Returns this process's share of it, in the parts that it is computed in: inputs, targets, both (B, T), and a teacher."""
         args, data = self.args, self.training_tokens()
         starts = torch.randint(len(data) - args.block_size, (args.batch_size,), generator=self.batches, device=self.device)
         mine = starts.chunk(self.world_size)[self.rank]
-        at_once = CPU_BATCH if self.device.type == "cpu" else len(mine)
-        parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else mine.split(at_once)
-        for i, part in enumerate(parts, 1):
-            idx, targets = windows(data, part, args.block_size)
-            if self.teachers:  # in turn: on average that gives the gradient of their mean, as the loss is linear in the targets
-                teacher = self.teachers[(self.iteration + self.rank * len(parts) + i) % len(self.teachers)]
-                with self.autocast:
-                    targets = soften(targets, teacher, idx, args.teacher_temperature)
-            yield idx, targets
+        parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else mine.split(self.at_once)
+        # teachers take turns: on average that gives the gradient of their mean, as the loss is linear in the targets
+        turn, teachers = self.iteration + self.rank * len(parts) + 1, self.teachers or [None]
+        return [(*windows(data, part, args.block_size), teachers[(turn + i) % len(teachers)]) for i, part in enumerate(parts)]
 
-    def gradients(self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def taught(self, idx: torch.Tensor, targets: torch.Tensor, teacher: GPT | None) -> torch.Tensor:
+        """The targets of a part of a batch, as `GPT.forward` wants them: as they are or, with a teacher, soft."""
+        with self.autocast():
+            return targets if teacher is None else soften(targets, teacher, idx, self.args.teacher_temperature)
+
+    def loss(self, idx: torch.Tensor, targets: torch.Tensor, teacher: GPT | None = None) -> torch.Tensor:
+        """What a part of a batch adds to the mean loss of this process's share of it, a scalar."""
+        targets = self.taught(idx, targets, teacher)
+        with self.autocast():
+            return self.step_model(idx, targets, self.args.train_temperature)[1] * (len(idx) * self.world_size / self.args.batch_size)
+
+    def autocast(self) -> torch.autocast:
+        """Computes in the number format chosen. Nothing is cached, as threads would share it, and each weight is used but once a part."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+
+    def gradients(self, parts: list[tuple]) -> torch.Tensor:
         """Leaves the gradients of the mean loss in the parameters, scaled. Returns that loss, a scalar left on the device."""
-        size, done = self.args.batch_size // self.world_size, 0
         self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for idx, targets in parts:
-            done += len(idx)
-            wait = self.world_size > 1 and done < size  # the ranks exchange gradients once, after the last part
+        for part in parts:
+            wait = self.world_size > 1 and part is not parts[-1]  # the ranks exchange gradients once, after the last part
             with self.step_model.no_sync() if wait else contextlib.nullcontext():
-                with self.autocast:
-                    loss = self.step_model(idx, targets, self.args.train_temperature)[1] * (len(idx) / size)
+                loss = self.loss(*part)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -555,9 +566,9 @@ class Trainer:
         hooks = [block.ffwd.relu.register_forward_hook(lambda module, inputs, output: outputs.append(output))
                  for block in self.model.blocks]
         self.model.eval()
-        at_once = self.args.batch_size / self.world_size / (self.args.gradient_accumulation_steps or 1)  # which fits into a GPU
-        some = min(64, math.ceil(at_once))
-        for part in self.starts["train"][:some].split(CPU_BATCH):  # few at once, which takes less memory
+        part_size = self.args.batch_size / self.world_size / (self.args.gradient_accumulation_steps or 1)  # which fits into a GPU
+        some = min(64, math.ceil(part_size))
+        for part in self.starts["train"][:some].split(8):  # few at once, which takes less memory
             loss = self.model(*windows(self.data["train"], part, self.args.block_size))[1] * (len(part) / some)
             pieces.append([(out.detach(), grad) for out, grad in zip(outputs, torch.autograd.grad(loss, outputs))])
             outputs.clear()
@@ -644,7 +655,7 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     training = parser.add_argument_group("training")
     flag(training, "batch_size", 64, 1, "sequences in a batch, all processes together")
     flag(training, "gradient_accumulation_steps", 0, 0, "parts a batch is computed in, one after the other; 0: one, or on a CPU "
-                                                         f"parts of {CPU_BATCH} sequences")
+                                                         f"parts of {CPU_TOKENS} tokens, as many at once as it has cores")
     flag(training, "max_iters", 5000, 1, "iterations in all")
     flag(training, "learning_rate", 3e-4, 0, "step size of AdamW")
     flag(training, "warmup_iters", 0, 0, "iterations over which the learning rate rises from 0")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import model as model_module
-from model import (Decoder, GPT, GPTConfig, Int8Linear, attend, keep_mask, load_checkpoint, load_model, mean_loss, out_of_memory,
+from model import (Decoder, GPT, GPTConfig, Int8Linear, Workers, attend, keep_mask, load_checkpoint, load_model, mean_loss, out_of_memory,
                    quantize_dynamic, sample, save_checkpoint, side_by_side, split, windows)
 from textbook_gpt import TextbookGPT, copy_weights
 
@@ -116,7 +116,7 @@ def test_dropout_masks_have_the_right_probability(p, dtype, monkeypatch):
     assert abs(mask.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n) + 2**-16  # five standard errors
     # each of the 2^16 values a coin can have, once: the probability itself
     every = torch.arange(-2**15, 2**15, dtype=torch.int16).view(torch.int64)
-    monkeypatch.setattr(torch.Tensor, "random_", lambda self, *range: self.copy_(every))
+    monkeypatch.setattr(torch.Tensor, "random_", lambda self, *range, generator: self.copy_(every))
     assert abs(keep_mask(torch.Size([2**16]), p, dtype).double().mean().item() - (1 - p)) < 2e-5
 
 
@@ -139,7 +139,7 @@ def test_attention_with_dropout_is_attention_whose_weights_are_dropped(monkeypat
     torch.manual_seed(0)
     q, k, v = (torch.randn(5, 2, 100, 7, requires_grad=True) for _ in range(3))
     dropped = torch.rand(5 * 2, 100, 100) < 0.2
-    masks = iter([dropped[:, :64, :64], dropped[:, 64:]])  # 64 queries, which see 64 keys, then the rest
+    masks = iter([dropped[:, 64:], dropped[:, :64, :64]])  # the last 36 queries, which see all keys, then the 64 before
     monkeypatch.setattr(model_module, "keep_mask", lambda shape, p, dtype: (~next(masks)).to(dtype))
     future = torch.ones(100, 100, dtype=torch.bool).triu(1)
     weights = (q @ k.transpose(-2, -1) / math.sqrt(7)).masked_fill(future, float("-inf")).softmax(-1)
@@ -161,6 +161,46 @@ def test_attention_in_fewer_pieces_or_padded_as_a_gpu_has_it_is_the_same(small):
     inputs = x, layer.qkv.weight, layer.proj.weight, layer.proj.bias
     for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (padded, expected))):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_workers_leave_the_gradients_of_the_whole_batch_however_many_they_are(small):
+    idx, threads, results = random_ids(7, 16), torch.get_num_threads(), []
+    weights, half = list(small.parameters()), torch.tensor(0.5)
+    expected = torch.autograd.grad(small(idx, idx)[1], weights)
+
+    def loss(part):
+        return small(part, part)[1] * (len(part) / len(idx))
+
+    for training in False, True:
+        small.train(training)
+        try:
+            for cores in 1, 2, 3, 8:
+                torch.set_num_threads(cores)
+                torch.manual_seed(0)
+                total = Workers(4).gradients(loss, [(part,) for part in idx.split(2)], weights, half)
+                assert torch.get_num_threads() == cores
+                results.append([total] + [weight.grad for weight in weights])
+        finally:
+            torch.set_num_threads(threads)
+    without, dropped = results[:4], results[4:]
+    torch.testing.assert_close(without[0][1:], [gradient / 2 for gradient in expected])
+    for runs in without, dropped:
+        assert all(torch.equal(a, b) for run in runs[:3] for a, b in zip(runs[0], run))  # with eight cores, two share a part
+        torch.testing.assert_close(runs[3], runs[0])
+    assert not torch.allclose(dropped[0][0], without[0][0])
+
+
+def test_each_part_of_a_batch_has_dropout_of_its_own():
+    masks = {}
+
+    def loss(number):
+        masks[number] = keep_mask(torch.Size([1000]), 0.5, torch.float32)
+        return weight.sum()
+
+    weight, workers = torch.nn.Parameter(torch.ones(3)), Workers(2)
+    for first in 0, 4:
+        workers.gradients(loss, [(number,) for number in range(first, first + 4)], [weight], torch.ones(()))
+    assert len({tuple(mask.tolist()) for mask in masks.values()}) == 8 and torch.equal(weight.grad, torch.full((3,), 4.0))
 
 
 # sampling
