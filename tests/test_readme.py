@@ -37,7 +37,8 @@ def test_flags_in_its_prose_belong_to_a_script():
     known = {flag for path in scripts for flag in re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8"))}
     known |= {f"--{name}" for name in re.findall(r'flag\(\w+, "(\w+)"', (ROOT / "train.py").read_text(encoding="utf-8"))}
     foreign = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--help"}  # torchrun's, argparse's
-    assert set(re.findall(r"`[^`]*?(--\w+)", TEXT)) - foreign <= known
+    prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`[^`]*?(--\w+)", prose)) - foreign <= known
 
 
 def test_its_links_and_pictures_lead_somewhere():
