@@ -179,8 +179,7 @@ def bench_train(args):
                 block.compile()
         optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        weights, scale = list(network.parameters()), scaler.scale(torch.ones((), device=device))
-        at_once = CPU_TOKENS // config.block_size
+        weights, at_once = list(network.parameters()), CPU_TOKENS // config.block_size
 
         def loss(idx, targets):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
@@ -188,7 +187,7 @@ def bench_train(args):
 
         def gradients():
             if device.type == "cpu":
-                return workers.gradients(loss, list(zip(*(tensor.split(at_once) for tensor in inputs))), weights, scale)
+                return workers.gradients(loss, list(zip(*(tensor.split(at_once) for tensor in inputs))), weights, torch.ones(()))
             network.zero_grad(set_to_none=True)
             total = loss(*inputs)
             scaler.scale(total).backward()

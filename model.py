@@ -17,7 +17,7 @@ import secrets
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ LAST_WITH_INT8 = "the last version known to have it is 2.13; pip install torch==
 PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")  # all that a checkpoint's pickle names
 MAX_PICKLE, MAX_CONTAINERS = 1 << 24, 1 << 20  # bytes of that pickle, lists and dicts in it: a crafted one must not fill the memory
 EVAL_TOKENS = 2**18  # of a split that its loss is measured on at most: a long text must not make evaluating cost more than training
-CPU_TOKENS = 1024  # that a core of a CPU trains on at once: they take less memory than a whole batch, and no more time
+CPU_TOKENS = 1024  # that a core of a CPU trains on at once: they take little memory, and no more time than if they were more
 this_thread = threading.local()  # its `generator` is what `keep_mask` draws from there; without one, it is PyTorch's own
 
 
@@ -97,7 +97,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:  # of a Decoder, which will need keys and values
             cache[:, :, :, :T] = qkv[1:]
-        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        with torch.autocast("cpu", enabled=False):  # the operands are in the format wanted, and softmax computes in float32 inside
+            y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 
     def forward_fused(self, x: torch.Tensor, cache: torch.Tensor | None) -> torch.Tensor:
@@ -266,7 +267,6 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
     return kept.mul_(0x3F80).view(dtype) if dtype == torch.bfloat16 else kept.to(dtype)  # 0x3F80: the bits of 1.0 in bfloat16
 
 
-@torch.autocast("cpu", enabled=False)  # the operands are in the format wanted, and softmax computes in float32 inside
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
     """Causal attention on a CPU, whose fused kernel knows no dropout and has a slow backward pass. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
@@ -384,12 +384,17 @@ class Workers:
     """
 
     def __init__(self, parts: int):
-        """Starts as many threads as there are cores, or parts, if these are fewer; then several cores share a part."""
+        """As many threads as there are cores, or parts, if these are fewer. Where there are twice as many cores, several share a part."""
         cores = torch.get_num_threads()
         self.number = min(cores, parts)
-        self.pool = ThreadPoolExecutor(self.number, initializer=torch.set_num_threads, initargs=(cores // self.number,))
 
-    def gradients(self, loss: Callable[..., torch.Tensor], parts: Iterable[tuple], weights: list[nn.Parameter],
+        def start():
+            torch.get_num_threads()  # or the first operation would set what is set here to what some other thread set
+            torch.set_num_threads(cores // self.number)
+
+        self.pool = ThreadPoolExecutor(self.number, initializer=start)
+
+    def gradients(self, loss: Callable[..., torch.Tensor], parts: list[tuple], weights: list[nn.Parameter],
                   scale: torch.Tensor) -> torch.Tensor:
         """Leaves in the weights the gradient of scale, (), times the sum of loss(*part) over all parts. Returns that sum, unscaled, ()."""
 
@@ -402,7 +407,7 @@ class Workers:
             return value.detach(), torch.autograd.grad(value, weights, scale)
 
         # With a seed for each part, and sums in their order, the result does not depend on which thread was first, nor on how many there are.
-        parts, total, cores = list(parts), torch.zeros(()), torch.get_num_threads()
+        total, cores = torch.zeros(()), torch.get_num_threads()
         seeds = torch.randint(2**63 - 1, (len(parts),)).tolist()
         for weight in weights:
             weight.grad = torch.zeros_like(weight)

@@ -441,9 +441,9 @@ class Trainer:
         elif self.device.type != "cuda" or self.world_size > 1:
             loss = self.gradients(batch)
         else:  # a network this small keeps a GPU busy for less time than Python takes to start all of its operations
-            batch = [(idx, self.taught(idx, targets, teacher)) for idx, targets, teacher in batch]
+            batch = ((idx, self.taught(idx, targets, teacher)) for idx, targets, teacher in batch)  # soft targets are large: one at a time
             if self.replay is None:
-                self.inputs = batch
+                self.inputs = list(batch)
                 self.replay = record(lambda: self.gradients(self.inputs))
             else:
                 for old, new in zip(self.inputs, batch):
@@ -654,8 +654,8 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     flag(network, "attention_dropout", config.attention_dropout, 0, "share of attention weights dropped while training, less than 1")
     training = parser.add_argument_group("training")
     flag(training, "batch_size", 64, 1, "sequences in a batch, all processes together")
-    flag(training, "gradient_accumulation_steps", 0, 0, "parts a batch is computed in, one after the other; 0: one, or on a CPU "
-                                                         f"parts of {CPU_TOKENS} tokens, as many at once as it has cores")
+    flag(training, "gradient_accumulation_steps", 0, 0, "parts a batch is computed in, one after the other, or on a CPU as many "
+                                                         f"at once as it has cores; 0: one, or on a CPU parts of {CPU_TOKENS} tokens")
     flag(training, "max_iters", 5000, 1, "iterations in all")
     flag(training, "learning_rate", 3e-4, 0, "step size of AdamW")
     flag(training, "warmup_iters", 0, 0, "iterations over which the learning rate rises from 0")
