@@ -232,7 +232,6 @@ class Trainer:
         self.compiled = can_compile(self.device) if args.compile is None else args.compile
         if args.batch_size % self.world_size:
             raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it a multiple of {self.world_size} processes")
-        self.at_once = max(1, CPU_TOKENS // args.block_size) if self.device.type == "cpu" else args.batch_size // self.world_size
         self.load_text()
         self.teachers = [self.load_teacher(Path(path)) for path in args.teacher]
         self.teacher_hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.teacher]
@@ -466,7 +465,8 @@ class Trainer:
         args, data = self.args, self.training_tokens()
         starts = torch.randint(len(data) - args.block_size, (args.batch_size,), generator=self.batches, device=self.device)
         mine = starts.chunk(self.world_size)[self.rank]
-        parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else mine.split(self.at_once)
+        at_once = max(1, CPU_TOKENS // args.block_size) if self.device.type == "cpu" else len(mine)
+        parts = mine.chunk(args.gradient_accumulation_steps) if args.gradient_accumulation_steps else mine.split(at_once)
         # teachers take turns: on average that gives the gradient of their mean, as the loss is linear in the targets
         turn, teachers = self.iteration + self.rank * len(parts) + 1, self.teachers or [None]
         return [(*windows(data, part, args.block_size), teachers[(turn + i) % len(teachers)]) for i, part in enumerate(parts)]
