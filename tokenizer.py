@@ -17,6 +17,7 @@ import os
 import pickle
 import pickletools
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout, suppress
 from heapq import heappop, heappush, heapreplace
 from pathlib import Path
@@ -579,18 +580,76 @@ def parse_args():
 
 
 def main():
-    sys.stdout.reconfigure(errors="replace")  # tokens, whatever the terminal can show
     args = parse_args()
+    args.function(args)
+
+
+# ---- what all scripts share ----
+
+def run_script(main: Callable[[], None], memory_remedy: str = "close other programs") -> None:
+    """Runs `main` and ends the process, in the one way in which all scripts end.
+
+    Ctrl-C ends it with status 130 and no word, a pipe closed by its reader with status 0 and no word;
+    a ValueError, an OSError or a lack of memory with one line and status 1. Whatever else is raised is
+    a fault of ours and shows its traceback. Characters that the terminal lacks are printed as `?`.
+    """
+    sys.stdout.reconfigure(errors="replace")
+    name, status = Path(sys.argv[0]).name, None
     try:
-        args.function(args)
+        main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.exit(f"tokenizer.py: {error}")
+    except SystemExit as end:  # of argparse, or with a status of the script's own
+        status = end.code
     except KeyboardInterrupt:
-        sys.exit("tokenizer.py: interrupted")
+        status = 130
+    except BrokenPipeError:  # `| head` has seen enough
+        pass
+    except (ValueError, OSError) as error:
+        status = f"{name}: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        status = f"{name}: not enough memory: {memory_remedy}"
+    for stream in sys.stdout, sys.stderr:
+        try:
+            stream.flush()
+        except OSError:  # Python would complain of what could not be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Returns whether an error, or one it came from, tells of too little memory, of a GPU or the machine."""
+    words = ("out of memory", "enough memory", "allocate memory", "calculation overflowed",
+             "Invalid buffer size")  # PyTorch says so in several ways
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+        return True
+    # an error while a CUDA graph is recorded is followed by another, of the recording
+    return error is not None and out_of_memory(error.__context__)
+
+
+def bounded(kind: type, minimum: float, below: float | None = None) -> Callable[[str], int | float]:
+    """Returns a `type` for argparse: an int or float that is at least `minimum` and less than `below`.
+
+    bounded(int, 1)("0") -> argparse.ArgumentTypeError: must be at least 1, not 0
+
+    Whole numbers of 2**63 and more, which PyTorch cannot hold, and nan and inf are refused, too.
+    """
+    def convert(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {noun}, not {text!r}") from None
+        limit = below if below is not None else 2**63 if kind is int else float("inf")
+        if not minimum <= value < limit:
+            upper = f" and less than {limit}" if below is not None or value >= limit else ""
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}{upper}, not {value}")
+        return value
+    return convert
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
