@@ -1,14 +1,14 @@
-"""Byte-pair encoding from scratch: learns a vocabulary of tokens from a text, and cuts any text into them.
+"""Byte-pair encoding from scratch: learns tokens from a text, and cuts any text into them.
 
     python tokenizer.py train                     # learn 500 tokens from data/input.txt
     python tokenizer.py show "ROMEO: speak"       # see a text cut into its tokens
     python tokenizer.py encode "ROMEO: speak" | python tokenizer.py decode
-    python tokenizer.py vocab                     # the learned tokens, and how often the text uses them
+    python tokenizer.py vocab                     # the learned tokens, with their counts
 
-Tokens 0 to 255 are the bytes. Each further token is the most frequent pair of neighbours in the text so far,
-merged into one (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a pair, `learn` chooses the
-pairs, `BasicTokenizer` applies them to any text; the rest is files and commands. tests/textbook_bpe.py is the same,
-slow, and in 50 lines: read it first.
+Tokens 0 to 255 are the bytes. Each further token is the most frequent pair of neighbours in the
+text so far, merged into one (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a
+pair, `learn` chooses the pairs, `BasicTokenizer` applies them to any text. tests/textbook_bpe.py
+does the same slowly, in 50 lines: read it first.
 """
 import argparse
 import codecs
@@ -17,65 +17,72 @@ import os
 import pickle
 import pickletools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from heapq import heappop, heappush, heapreplace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE / "checkpoints"
-PRETRAINED = CHECKPOINTS / "pretrained"  # a trained network, with its tokenizer, that comes with the repository
+PRETRAINED = CHECKPOINTS / "pretrained"  # a trained network that comes with the repository
 DEFAULT_TEXT = HERE / "data" / "input.txt"
-MERGES_FILE, VOCAB_FILE, WAITING_FILE = "merges.pkl", "vocab.pkl", ".merges.pkl.new"
-NETWORK_FILES = "model.pt", "last.pt", "model_int8.pt"  # of a trained network, which no other tokenizer fits
 
-SHORT = 8192  # bytes up to which replacing in a string encodes faster than an index of the text does
-BLOCK = 1 << 21  # bytes encoded or counted at a time, if the text can be cut there, which bounds the memory
-MAX_VOCAB = 1 << 20  # a token is also a character (see `_encode_short`), and Unicode ends at 0x10FFFF
-MAX_BYTES = 1 << 26  # of a tokenizer file, and of all its tokens: they must not fill the memory
+Pair = tuple[int, int]  # of tokens
+Merges = dict[Pair, int]  # what each pair is merged into
+Vocab = dict[int, bytes]  # what each token spells
+
+
+# ---- learning ----
+
+BLOCK = 1 << 21  # bytes that are counted or encoded at a time, which bounds the memory
+MAX_VOCAB = 1 << 20  # `_encode_short` needs a character for each token: there are 0x110000
 
 
 class TokenSequence:
     """A text as a sequence of tokens, laid over its bytes so that a merge moves nothing.
 
-    `head[i]` is the token that starts at byte i, `hole` (a dot below) where none does; `tail[i]` is the one that ends there.
-    Where none does, in brackets, it is what ended there before: nobody looks, as `tail` is read only just before a token's start.
+    `head[i]` is the token that starts at byte i, or `hole` (a dot below) if none does; `tail[i]` is
+    the token that ends there. If none does, `tail[i]` is out of date (in brackets) and never read:
+    `tail` is read only right before the start of a token.
 
         text         a    b    c    a    b
         head, tail   97   98   99   97   98
         head         256  .    99   256  .         after merging (97, 98) into 256
         tail         (97) 256  99   (97) 256
 
-    `where[token]` are the places where a token started when last looked at. Places are only ever lost, so the
-    token is nowhere else, and finding a pair looks only at the places of the rarer of its two tokens.
+    `where[token]` holds the places at which a token started when last looked up. A token only ever
+    loses places, so no others need be searched; `find` searches those of the rarer of two tokens.
     """
 
-    def __init__(self, data, vocab_size):
+    def __init__(self, data: bytes, vocab_size: int):
         text = np.frombuffer(data, np.uint8)
-        self.hole = np.min_scalar_type(vocab_size).type(vocab_size)  # the id after the last: no token has it
-        self.head = np.append(text, self.hole)  # and a hole at the end, for head[n] and tail[-1]
+        self.hole = np.min_scalar_type(vocab_size).type(vocab_size)  # the first unused id
+        self.head = np.append(text, self.hole)  # with a hole at the end, for head[n] and tail[-1]
         self.tail = self.head.copy()
         self.size = [1] * 256  # bytes of each token
         blocks = np.array_split(text, len(text) // BLOCK + 1)
-        self.count = sum(np.bincount(block, minlength=256) for block in blocks).tolist()  # of places, at most
+        # how often each token occurs, at most
+        self.count = sum(np.bincount(block, minlength=256) for block in blocks).tolist()
         self.where = {}
-        self.index = np.int32 if BLOCK < len(text) < 1 << 31 else np.int64  # int64 is faster, int32 smaller
+        # int64 is faster, int32 smaller
+        self.index = np.int32 if BLOCK < len(text) < 1 << 31 else np.int64
 
-    def places(self, token):
-        """Byte positions at which a token starts, ascending."""
+    def places(self, token: int) -> np.ndarray:
+        """Returns the byte positions at which a token starts, ascending."""
         if token in self.where:
             places = self.where[token]
-            places = places.compress(self.head.take(places) == token)  # twice as fast as with [ ]
+            places = places.compress(self.head.take(places) == token)  # twice as fast as [ ]
         else:
             places = np.flatnonzero(self.head == token).astype(self.index)
         self.where[token], self.count[token] = places, len(places)
         return places
 
-    def find(self, pair):
-        """Byte positions at which a pair of neighbours starts, ascending, overlaps included.
+    def find(self, pair: Pair) -> np.ndarray:
+        """Returns the byte positions at which a pair starts, ascending, overlaps included.
 
         [1, 2, 3, 1, 2] with (1, 2) -> [0, 3];  [1, 1, 1] with (1, 1) -> [0, 1]
         """
@@ -86,13 +93,12 @@ class TokenSequence:
         places = self.places(right)
         return places.compress(self.tail.take(places - 1, mode="wrap") == left) - self.size[left]
 
-    def merge(self, pair, places, new):
+    def merge(self, pair: Pair, places: np.ndarray, new: int) -> tuple[np.ndarray, np.ndarray]:
         """Makes `new` of the pair at the `places` found, from left to right, each token used once.
 
         [1, 2, 3, 1, 2] with (1, 2) into 4 -> [4, 3, 4];  [1, 1, 1] with (1, 1) into 4 -> [4, 1]
 
-        Returns:
-            the neighbours before and after each `new` made, `hole` at the ends of the text.
+        Returns the neighbours before and after each `new`, or `hole` at the ends of the text.
         """
         left, right = pair
         if left == right:
@@ -105,20 +111,20 @@ class TokenSequence:
         self.tail[places + (self.size[new] - 1)] = new
         return self.tail.take(places - 1, mode="wrap"), self.head.take(places + self.size[new])
 
-    def ids(self):
-        """The tokens in order, uint16 (uint32 for a vocabulary of more than 65,535)."""
+    def ids(self) -> np.ndarray:
+        """Returns the tokens in order, uint16 (uint32 for a vocabulary of more than 65,535)."""
         return self.head.compress(self.head != self.hole)
 
 
-def every_other(places, size):
-    """First, third, fifth ... of each run of places `size` apart: [0, 1, 2, 7] with size 1 -> [0, 2, 7]."""
+def every_other(places: np.ndarray, size: int) -> np.ndarray:
+    """Keeps every other of a run of places `size` apart: [0, 1, 2, 7] with 1 -> [0, 2, 7]."""
     rank = np.arange(len(places))
     starts = np.diff(places, prepend=-size - 1) != size
     return places[(rank - np.maximum.accumulate(np.where(starts, rank, 0))) % 2 == 0]
 
 
-def count_pairs(text):
-    """How often each pair of neighbours occurs: [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}."""
+def count_pairs(text: np.ndarray) -> dict[Pair, int]:
+    """Counts each pair of neighbours: [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}."""
     counts = np.zeros(1 << 16, np.int64)
     for start in range(0, len(text), BLOCK):
         block = text[start:start + BLOCK + 1].astype(np.int64)
@@ -126,39 +132,34 @@ def count_pairs(text):
     return {divmod(key, 256): count for key, count in tally(counts)}
 
 
-def tally(counts):
-    """(index, count) of each count but 0: [0, 3, 1] -> [(1, 3), (2, 1)]."""
+def tally(counts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Pairs each count but 0 with its index: [0, 3, 1] -> (1, 3), (2, 1)."""
     keys = np.flatnonzero(counts)
     return zip(keys.tolist(), counts[keys].tolist())
 
 
-def learn(tokens, vocab_size):
-    """Merges the most frequent pair of a TokenSequence, over and over, until there are `vocab_size` tokens.
+def learn(tokens: TokenSequence, vocab_size: int) -> Iterator[tuple[Pair, int, int]]:
+    """Merges the most frequent pair, over and over, until there are `vocab_size` tokens.
 
-    Occurrences that overlap all count; of equally frequent pairs, the one that occurs first is taken.
+    Overlapping occurrences all count, and a tie goes to the pair that occurs first. Yields (pair,
+    new token, count) of each merge. Raises ValueError if the text runs out of pairs.
 
-    The textbook counts all pairs anew for each merge. Here each is counted once, when its younger token is made,
-    into a heap of (-count, first place, pair). From then on it only gets rarer and starts later, so an old entry
-    is never worse than the truth: the one on top is looked up in the text, and if it stays there, it is best.
-    Few are looked up in vain, as `most` bounds each count: what a merge gives to a pair with the new token, it takes
-    from a pair with one of the two merged.
-
-    Yields:
-        (pair, new token, count) of each merge.
-
-    Raises:
-        ValueError: if the text runs out of pairs.
+    The textbook counts all pairs anew for each merge. Here a pair is counted once, when its younger
+    token is made, into a heap of (-count, first place, pair). After that it only gets rarer and
+    starts later, so an entry never ranks too low: the one on top is brought up to date, and if it
+    stays on top, it is the best. `most` spares most searches of the text for that. It bounds each
+    count from above: what pairs with the new token gain, pairs with the two merged lose.
     """
     most = count_pairs(tokens.head[:-1])
     heap = sorted((-count, 0, pair) for pair, count in most.items())  # a sorted list is a heap
     for new in range(256, vocab_size):
         pair, places = pop_best(heap, most, tokens)
         if not pair:
-            raise ValueError(f"the text has no pair left to merge: vocab_size can be {new} at most, "
-                             f"not {vocab_size}")
+            raise ValueError("the text has no pair left to merge: "
+                             f"vocab_size can be {new} at most, not {vocab_size}")
         yield pair, new, len(places)
         before, after = tokens.merge(pair, places, new)
-        # [:new] leaves out the hole and, as the second loop counts (new, new), `new` itself
+        # [:new] leaves out the hole, and `new` itself, as the second loop counts (new, new)
         for token, count in tally(np.bincount(before, minlength=new)[:new]):
             most[token, pair[0]] -= count
             most[token, new] = count
@@ -170,8 +171,9 @@ def learn(tokens, vocab_size):
             heappush(heap, (-count, int(places[0]), (new, token)))
 
 
-def pop_best(heap, most, tokens):
-    """Takes the best pair off the heap of `learn` and finds its places; (None, None) if there is none left."""
+def pop_best(heap: list[tuple[int, int, Pair]], most: dict[Pair, int],
+             tokens: TokenSequence) -> tuple[Pair | None, np.ndarray | None]:
+    """Takes the best pair off the heap of `learn`, with its places; (None, None) at the end."""
     while heap:
         count, first, pair = heap[0]
         if most[pair] < -count:
@@ -190,28 +192,28 @@ def pop_best(heap, most, tokens):
     return None, None
 
 
-class BasicTokenizer:
-    """Byte-level BPE without special tokens: ids 0 to 255 are the bytes, the others are merges, in order.
+# ---- encoding ----
 
-    With a `data_path` it learns `vocab_size` tokens from that text and writes merges.pkl and vocab.pkl into
-    `out_dir`; without, it loads them from there.
+SHORT = 8192  # bytes up to which replacing in a string is faster than an index of the text
+
+
+class BasicTokenizer:
+    """Byte-level BPE without special tokens: ids 0 to 255 are bytes, the others merges, in order.
 
         tokenizer = BasicTokenizer(data_path="data/input.txt", vocab_size=500, verbose=True)
         tokenizer = BasicTokenizer()
         tokenizer.decode(tokenizer.encode("Hi")) == "Hi"
 
-    Attributes:
-        merges: {(int, int): int}, the pair each token from 256 on was made of.
-        vocab: {int: bytes}, what each token spells.
-        vocab_size: number of tokens.
-        fingerprint: SHA-256 of the merges, hexadecimal; equal if and only if the tokenizers are.
+    With a `data_path` it learns `vocab_size` tokens from that text and writes merges.pkl and
+    vocab.pkl into `out_dir`; without, it loads them from there. Raises ValueError if the text or
+    the files are missing or invalid or `vocab_size` is impossible, OSError if it cannot write.
 
-    Raises:
-        ValueError: text or tokenizer files missing, unreadable or invalid, or `vocab_size` impossible.
-        OSError: the files cannot be written.
+    `merges` is {(int, int): int} in the order learned, `vocab` is {int: bytes}, and `fingerprint`
+    is the SHA-256 of the merges in hexadecimal: tokenizers are the same if and only if theirs is.
     """
 
-    def __init__(self, data_path=None, vocab_size=500, verbose=False, out_dir=CHECKPOINTS):
+    def __init__(self, data_path: str | Path | None = None, vocab_size: int = 500,
+                 verbose: bool = False, out_dir: str | Path = CHECKPOINTS):
         self.data_path, self.verbose, self.out_dir = data_path, verbose, Path(out_dir)
         if data_path is None:
             self._use(*load_pair(self.out_dir)[:2])
@@ -219,15 +221,17 @@ class BasicTokenizer:
             self.vocab_size = vocab_size
             self.train()
 
-    def train(self, data_path=None):
-        """Learns the merges from the text, writes the files, prints bytes per token (if verbose, each merge)."""
-        from tqdm import tqdm  # here, as only training has use for it
+    def train(self, data_path: str | Path | None = None) -> None:
+        """Learns from the text, writes the files, prints bytes per token (if verbose, merges)."""
+        from tqdm import tqdm  # only training has use for it
 
         self.data_path = data_path or self.data_path
         if self.data_path is None:
-            raise ValueError("this tokenizer was loaded, not made from a text: give train() a data_path")
+            raise ValueError("this tokenizer was loaded, not made from a text: "
+                             "give train() a data_path")
         if not 256 <= self.vocab_size <= MAX_VOCAB:
-            raise ValueError(f"vocab_size must be from 256 (the bytes) to {MAX_VOCAB}, not {self.vocab_size}")
+            raise ValueError(f"vocab_size must be from 256 (the bytes) to {MAX_VOCAB}, "
+                             f"not {self.vocab_size}")
         data = read_text(self.data_path).encode()
         tokens = TokenSequence(data, self.vocab_size)
         merges, vocab, size = {}, spell({}), 0
@@ -235,42 +239,46 @@ class BasicTokenizer:
         for pair, new, count in tqdm(steps, "merges", total, delay=1, leave=False, disable=None):
             merges[pair], vocab[new] = new, vocab[pair[0]] + vocab[pair[1]]
             size += len(vocab[new]) + 32  # more than a file will take for it
-            if size > MAX_BYTES:  # once every pair is alone, each token is the one before and a little more of the text
-                raise ValueError(f"the tokens become too long: vocab_size can be {new} at most, not {self.vocab_size}")
+            if size > MAX_BYTES:  # once no pair occurs twice, each token is longer than the last
+                raise ValueError("the tokens become too long: "
+                                 f"vocab_size can be {new} at most, not {self.vocab_size}")
             if self.verbose:
                 tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) "
                            f"had {count} occurrences")
         save_pair(self.out_dir, merges, vocab)
         self._use(merges, vocab)
-        print(f"compression ratio: {len(data) / len(tokens.ids()):.2f}X")
+        print(compression_ratio(data, tokens.ids()))
 
     def _use(self, merges, vocab):
         self.merges, self.vocab, self.vocab_size = merges, vocab, len(vocab)
-        self.fingerprint = hashlib.sha256("".join(f"{a} {b}\n" for a, b in merges).encode()).hexdigest()
+        lines = "".join(f"{left} {right}\n" for left, right in merges)
+        self.fingerprint = hashlib.sha256(lines.encode()).hexdigest()
         self._as_strings = [(chr(a) + chr(b), chr(new)) for (a, b), new in merges.items()]
         self._joints = {vocab[a][-1:] + vocab[b][:1] for a, b in merges}  # bytes a token may join
 
-    def encode(self, text):
-        """Token ids of a text, a list of int. Prints the compression ratio, bytes per token."""
+    def encode(self, text: str | bytes) -> list[int]:
+        """Returns the token ids of a text, and prints the compression ratio, bytes per token."""
         data = to_bytes(text)
         ids = self.encode_array(data).tolist()
-        print(f"compression ratio: {len(data) / max(len(ids), 1):.2f}X")
+        print(compression_ratio(data, ids))
         return ids
 
-    def encode_array(self, text, dropout=0.0, rng=None):
-        """Token ids of a str or bytes, prints nothing: uint16 (tokens,), uint32 for more than 65,535 tokens.
+    def encode_array(self, text: str | bytes, dropout: float = 0.0,
+                     rng: np.random.Generator | None = None) -> np.ndarray:
+        """Returns the token ids, (tokens,) uint16, or uint32 for a vocabulary of more than 65,535.
 
-        With `dropout` every single merge is left out with that probability, drawn from `rng`, a NumPy Generator: the
-        same text, spelled in other tokens each time (BPE-dropout, Provilkov et al. 2020, where a merge left out is
-        drawn again after each of those that follow; here it is drawn once).
+        With `dropout` each single merge is left out with that probability, drawn from `rng`, so
+        that a text is spelled in other tokens each time (BPE-dropout, Provilkov et al. 2020, where
+        a merge left out is drawn again after each later merge; here it is drawn once).
         """
         data = to_bytes(text)
         if len(data) <= SHORT and not (data and dropout):
             return self._encode_short(data)
-        return np.concatenate([self._encode_long(block, dropout, rng) for block in self._blocks(data)])
+        blocks = [self._encode_long(block, dropout, rng) for block in self._blocks(data)]
+        return np.concatenate(blocks)
 
     def _encode_short(self, data):
-        """Every merge in order, as a replacement in a string that has a character for each token."""
+        """Applies each merge in order, as a replacement in a string: a character for each token."""
         string = data.decode("latin-1")  # the byte 97 is the character 97
         for pair, new in self._as_strings:
             if pair in string:
@@ -278,7 +286,7 @@ class BasicTokenizer:
         return np.fromiter(map(ord, string), np.min_scalar_type(self.vocab_size), len(string))
 
     def _encode_long(self, data, dropout=0.0, rng=None):
-        """Every merge in order, at the places an index of the text finds."""
+        """Applies each merge in order, at the places that an index of the text finds."""
         tokens = TokenSequence(data, self.vocab_size)
         for pair, new in self.merges.items():
             places = tokens.find(pair)
@@ -288,7 +296,7 @@ class BasicTokenizer:
         return tokens.ids()
 
     def _blocks(self, data):
-        """Cuts bytes into blocks, only between two that no token joins, so that no token is cut."""
+        """Cuts bytes into blocks, only between two bytes that no token joins: no token is cut."""
         start = 0
         while start < len(data):
             end = start + BLOCK
@@ -297,30 +305,32 @@ class BasicTokenizer:
             yield data[start:end]
             start = end
 
-    def decode(self, ids):
-        """The text of token ids (any iterable of int); bytes that are not UTF-8 become U+FFFD."""
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids):
-        """The bytes of token ids. Raises ValueError for an id that is not in the vocabulary."""
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Returns the bytes of token ids. Raises ValueError for an id that there is not."""
         try:
             return b"".join([self.vocab[token] for token in ids])
         except KeyError as error:
-            raise ValueError(f"there is no token {error}: the ids are 0 to {self.vocab_size - 1}") from None
+            raise ValueError(f"there is no token {error}: "
+                             f"the ids are 0 to {self.vocab_size - 1}") from None
 
-    def count_characters(self, ids):
-        """How many characters an array of token ids spells: bytes, but for those that continue a UTF-8 character."""
-        characters = [sum(byte & 0xC0 != 0x80 for byte in self.vocab[token]) for token in range(self.vocab_size)]
+    def count_characters(self, ids: np.ndarray) -> int:
+        """Counts the characters that token ids spell: bytes, but for those that continue one."""
+        characters = [sum(byte & 0xC0 != 0x80 for byte in self.vocab[token])
+                      for token in range(self.vocab_size)]
         return int(np.bincount(ids, minlength=self.vocab_size) @ characters)
 
 
-def default_run(file):
-    """The folder to look for a run's `file` in: checkpoints/, or the pretrained network's if there is none yet."""
-    return PRETRAINED if (PRETRAINED / file).exists() and not (CHECKPOINTS / file).exists() else CHECKPOINTS
+def compression_ratio(data: bytes, ids: list[int] | np.ndarray) -> str:
+    """Returns a line that says how many bytes there are for each token."""
+    return f"compression ratio: {len(data) / max(len(ids), 1):.2f}X"
 
 
-def to_bytes(text):
-    """UTF-8 of a str, bytes as they are. Bytes of a command line that are not UTF-8 come back as given."""
+def to_bytes(text: str | bytes) -> bytes:
+    """Returns the UTF-8 of a str, bytes as they are, and a command line's bytes as given."""
     if isinstance(text, bytes):
         return text
     try:
@@ -329,80 +339,24 @@ def to_bytes(text):
         return text.encode("utf-8", errors="surrogatepass")
 
 
-@contextmanager
-def atomic_write(path):
-    """A binary file to write, which takes the place of `path` when all is written, and not before.
+# ---- files ----
 
-    Whatever happens, `path` is what it was or all of the new file. An exception removes the temporary beside
-    it, `.{name}.tmp`; a killed process leaves it, for the next write to replace. Creates the folder.
-    A symbolic link is followed.
-
-    Raises:
-        OSError: the file cannot be written; the message names it.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        if target.exists() and not target.is_file():  # which includes /dev/null, and root could replace that
-            raise OSError("it is not a file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+MERGES_FILE, VOCAB_FILE, WAITING_FILE = "merges.pkl", "vocab.pkl", ".merges.pkl.new"
+MAX_BYTES = 1 << 26  # limit for a file, and for all tokens: they must not fill the memory
+REMEDY = "run python tokenizer.py train"
+PICKLED_VALUES = {"INT", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES"}
+PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "STOP",
+                    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
 
-def sync_folder(folder):
-    """Makes a renaming in a folder outlast a power cut (on Windows it does without)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # some shared drives do without, too
-            os.fsync(descriptor)
-        os.close(descriptor)
+def save_pair(folder: Path, merges: Merges, vocab: Vocab) -> None:
+    """Writes merges.pkl and vocab.pkl. If killed, it leaves `load_pair` the old pair or the new.
 
-
-def read_text(path):
-    """The text of a UTF-8 file. A byte-order mark is dropped; line ends, CRLF too, stay as they are.
-
-    Raises:
-        ValueError: the file is missing, a folder, unreadable, empty, binary, or in another encoding.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"there is no text at {path}: run python data/prepare.py, or pass --data_path")
-    try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; pass a text with --data_path") from error
-    if not data:
-        raise ValueError(f"{path} is empty: pass a text with --data_path")
-    zeros, at_even_places = data.count(0, 0, 1 << 16), data[:1 << 16:2].count(0)
-    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or zeros > 99 and at_even_places in (0, zeros):
-        raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8")
-    if 0 in data:
-        raise ValueError(f"{path} is binary (byte {data.index(0)} is zero): pass a text with --data_path")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}), but Latin-1 "
-                         "perhaps: convert it with iconv -f LATIN1 -t UTF-8") from error
-
-
-def save_pair(folder, merges, vocab):
-    """Writes merges.pkl and vocab.pkl. Killed at any instant, it leaves `load_pair` the old pair or the new.
-
-    Two renames cannot be one. Between them the new vocabulary lies beside the old merges; but the new merges
-    are there too, in a third file, where `load_pair` looks for them.
+    Two renames cannot be one. Between them the new vocabulary lies beside the old merges; but the
+    new merges are there too, in a third file, where `load_pair` looks for them.
     """
     waiting = folder / WAITING_FILE
-    if waiting.exists():  # a save was cut short: if it was between its renames, it is finished first
+    if waiting.exists():  # a save was cut short, between its renames perhaps: it is finished first
         with suppress(ValueError):
             os.replace(load_pair(folder)[2], folder / MERGES_FILE)
     with atomic_write(waiting) as file:
@@ -413,35 +367,34 @@ def save_pair(folder, merges, vocab):
     sync_folder(folder)
 
 
-def load_pair(folder):
-    """merges {(int, int): int}, vocab {int: bytes}, and the path of the merges, as `save_pair` left them.
+def load_pair(folder: Path) -> tuple[Merges, Vocab, Path]:
+    """Returns merges, vocabulary and the path of the merges, as `save_pair` left them.
 
-    Raises:
-        ValueError: a file is missing or damaged, or the two do not belong together.
+    Raises ValueError if a file is missing or damaged, or the two do not belong together.
     """
     merges_path, vocab_path = folder / MERGES_FILE, folder / VOCAB_FILE
-    paths = [merges_path, folder / WAITING_FILE, merges_path]  # again, in case a save has ended meanwhile
+    paths = [merges_path, folder / WAITING_FILE, merges_path]  # again, as a save may end meanwhile
     if not vocab_path.exists() or not any(path.exists() for path in paths):
-        raise ValueError(f"there is no tokenizer in {folder}: run python tokenizer.py train")
+        raise ValueError(f"there is no tokenizer in {folder}: {REMEDY}")
     for path in paths:
         if path.exists():
             merges = read_merges(path)
             vocab = spell(merges)
             if vocab == read_pickle(vocab_path):
                 return merges, vocab, path
-    raise ValueError(f"{vocab_path} is not what {merges_path} spells: run python tokenizer.py train")
+    raise ValueError(f"{vocab_path} is not what {merges_path} spells: {REMEDY}")
 
 
-def spell(merges):
-    """The vocabulary that merges make: {(97, 98): 256} -> {0: b"\\x00", ..., 255: b"\\xff", 256: b"ab"}."""
+def spell(merges: Merges) -> Vocab:
+    """Spells each token: {(97, 98): 256} -> {0: b"\\x00", ..., 255: b"\\xff", 256: b"ab"}."""
     vocab = {token: bytes([token]) for token in range(256)}
     for (left, right), new in merges.items():
         vocab[new] = vocab[left] + vocab[right]
     return vocab
 
 
-def read_merges(path):
-    """Merges of a pickle, each checked to make the next id, from 256 on, of two earlier ones."""
+def read_merges(path: Path) -> Merges:
+    """Reads merges, each of which must make the next id, from 256 on, of two earlier ones."""
     merges, sizes, total = read_pickle(path), [1] * 256, 256
     for new, (pair, made) in enumerate(merges.items(), 256):
         if type(pair) is not tuple or made != new or not 0 <= min(pair) <= max(pair) < new:
@@ -449,23 +402,16 @@ def read_merges(path):
         sizes.append(sizes[pair[0]] + sizes[pair[1]])
         total += sizes[-1]
         if total > MAX_BYTES or new >= MAX_VOCAB:
-            raise invalid(path, f"more than {MAX_VOCAB} tokens, or than {MAX_BYTES} bytes in them")
+            raise invalid(path, f"more than {MAX_VOCAB} tokens, or {MAX_BYTES} bytes in them")
     return merges
 
 
-PICKLED_VALUES = {"INT", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES"}
-PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "STOP",
-                    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+def read_pickle(path: Path) -> dict:
+    """Reads a pickled dict of int, bytes and pairs of int, and runs no code that a file may hold.
 
-
-def read_pickle(path):
-    """A pickled dict of int, bytes and pairs of int. Whatever else a file holds, no code of it is run.
-
-    `pickle.load` would import and call what a file asks for. This reads such a dict as the flat list it is in
-    the file, key, value, key, value ..., and knows no instruction that makes anything but what stands there.
-
-    Raises:
-        ValueError: the file cannot be read, is too large, or holds anything else.
+    `pickle.load` would import and call what a file asks for. In the file the dict is a flat list,
+    key, value, key, value ..., and this makes nothing but that. Raises ValueError if the file
+    cannot be read, is too large, or holds anything else.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -475,7 +421,7 @@ def read_pickle(path):
             name = instruction.name
             if name in PICKLED_VALUES:
                 items.append(value)
-            elif name in ("TUPLE", "TUPLE2") and [type(item) for item in items[-2:]] == [int, int]:
+            elif name in ("TUPLE", "TUPLE2") and list(map(type, items[-2:])) == [int, int]:
                 items[-2:] = [tuple(items[-2:])]
             elif name not in PICKLE_STRUCTURE:
                 raise ValueError(f"its {name} has no place in a dict of numbers and bytes")
@@ -488,46 +434,49 @@ def read_pickle(path):
         raise invalid(path, error) from error
 
 
-def invalid(path, reason):
-    return ValueError(f"{path} is no tokenizer file ({reason!s:.120}): run python tokenizer.py train")
+def invalid(path: Path, reason: object) -> ValueError:
+    """Makes the error for a file that is no tokenizer's."""
+    return ValueError(f"{path} is no tokenizer file ({reason!s:.120}): {REMEDY}")
 
 
-def visible(token):
-    """The bytes of a token as one line of printable text: b"a\\n\\xff" -> 'a\\\\n\\\\xff'."""
-    text = token.decode("utf-8", errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+# ---- commands ----
+
+NETWORK_FILES = "model.pt", "last.pt", "model_int8.pt"  # each names the one tokenizer that fits
 
 
-def train(args):
+def train_command(args: argparse.Namespace) -> None:
     """Learns a tokenizer, but not in the place of another that a trained network there needs."""
     networks = [args.out_dir / name for name in NETWORK_FILES if (args.out_dir / name).exists()]
     if networks:
         with TemporaryDirectory() as folder, redirect_stdout(None):
-            new = BasicTokenizer(args.data_path, args.vocab_size, out_dir=folder).fingerprint.encode()
-        if not all(new in path.read_bytes() for path in networks):  # a checkpoint names its tokenizer so
-            raise ValueError(f"{args.out_dir} holds a network trained with another tokenizer, which it would lose: "
-                             "choose another --out_dir")
+            new = BasicTokenizer(args.data_path, args.vocab_size, out_dir=folder)
+        if not all(new.fingerprint.encode() in path.read_bytes() for path in networks):
+            raise ValueError(f"{args.out_dir} holds a network trained with another tokenizer, "
+                             "which it would lose: choose another --out_dir")
     BasicTokenizer(args.data_path, args.vocab_size, args.verbose, args.out_dir)
 
 
-def encode(args):
-    data = to_bytes(args.text) if args.text is not None else sys.stdin.buffer.read()
+def encode_command(args: argparse.Namespace) -> None:
+    """Prints token ids, and on standard error the compression ratio."""
+    data = given_text(args)
     ids = BasicTokenizer(out_dir=args.out_dir).encode_array(data)
     print(*ids.tolist())
-    print(f"compression ratio: {len(data) / max(len(ids), 1):.2f}X", file=sys.stderr)
+    print(compression_ratio(data, ids), file=sys.stderr)
 
 
-def decode(args):
-    ids = (" ".join(args.ids) if args.ids else sys.stdin.read()).translate(str.maketrans("[,]", "   ")).split()
-    if not all(token.isdecimal() for token in ids):
-        raise ValueError(f"{next(token for token in ids if not token.isdecimal())!r} is not a token id")
+def decode_command(args: argparse.Namespace) -> None:
+    """Prints the bytes that token ids spell, with or without the brackets and commas of a list."""
+    text = " ".join(args.ids) if args.ids else sys.stdin.read()
+    ids = text.translate(str.maketrans("[,]", "   ")).split()
+    for token in ids:
+        if not token.isdecimal():
+            raise ValueError(f"{token!r} is not a token id")
     sys.stdout.buffer.write(BasicTokenizer(out_dir=args.out_dir).decode_bytes(map(int, ids)))
 
 
-def show(args):
+def show_command(args: argparse.Namespace) -> None:
     """Prints each token with its id: shaded on a terminal, in brackets elsewhere."""
-    tokenizer = BasicTokenizer(out_dir=args.out_dir)
-    data = to_bytes(args.text) if args.text is not None else sys.stdin.buffer.read()
+    tokenizer, data = BasicTokenizer(out_dir=args.out_dir), given_text(args)
     shade = "\x1b[30;{}m{}\x1b[0m\x1b[2m{}\x1b[0m" if sys.stdout.isatty() else None
     for index, token in enumerate(tokenizer.encode_array(data).tolist()):
         text = visible(tokenizer.vocab[token])
@@ -537,23 +486,31 @@ def show(args):
         print()
 
 
-def vocab(args):
+def vocab_command(args: argparse.Namespace) -> None:
     """Prints the learned tokens: id, pair it was made of, how often the text uses it, spelling."""
     tokenizer = BasicTokenizer(out_dir=args.out_dir)
-    counts = np.bincount(tokenizer.encode_array(read_text(args.data_path)), minlength=tokenizer.vocab_size)
+    ids = tokenizer.encode_array(read_text(args.data_path))
+    counts = np.bincount(ids, minlength=tokenizer.vocab_size)
     print(f"{'id':>7} {'pair':>16} {'count':>9}  token")
     for pair, new in tokenizer.merges.items():
         print(f"{new:>7} {str(pair):>16} {counts[new]:>9}  [{visible(tokenizer.vocab[new])}]")
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description="Byte-pair encoding: learn tokens from a text, use them.")
+def given_text(args: argparse.Namespace) -> bytes:
+    """Returns the text on the command line or, without one, standard input."""
+    return sys.stdin.buffer.read() if args.text is None else to_bytes(args.text)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Byte-pair encoding: learn tokens from a text, use them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function, summary, with_text=False, with_data=False):
-        sub = commands.add_parser(function.__name__, help=summary, description=summary)
-        sub.set_defaults(function=function, error=sub.error)
-        folder, others = (CHECKPOINTS, "") if function is train else (
+        name = function.__name__.removesuffix("_command")
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        folder, others = (CHECKPOINTS, "") if function is train_command else (
             default_run(MERGES_FILE), ", or the pretrained network's if it holds none")
         sub.add_argument("--out_dir", type=Path, default=folder, metavar="FOLDER",
                          help=f"folder of merges.pkl and vocab.pkl (default: checkpoints/{others})")
@@ -564,22 +521,20 @@ def parse_args():
                              help="UTF-8 text to read (default: data/input.txt beside this script)")
         return sub
 
-    sub = command(train, "learn tokens from a text, and write merges.pkl and vocab.pkl", with_data=True)
-    sub.add_argument("--vocab_size", type=int, default=500, metavar="N",
-                     help="number of tokens, the 256 bytes included (default: 500)")
+    sub = command(train_command, "learn tokens from a text, and write merges.pkl and vocab.pkl",
+                  with_data=True)
+    sub.add_argument("--vocab_size", type=bounded(int, 256, MAX_VOCAB + 1), default=500,
+                     metavar="N", help="number of tokens, the 256 bytes included (default: 500)")
     sub.add_argument("--verbose", action="store_true", help="print every merge")
-    command(encode, "print the token ids of a text", with_text=True)
-    sub = command(decode, "print the text of token ids")
+    command(encode_command, "print the token ids of a text", with_text=True)
+    sub = command(decode_command, "print the text of token ids")
     sub.add_argument("ids", nargs="*", metavar="ID", help="token ids (default: standard input)")
-    command(show, "print a text cut into its tokens, with their ids", with_text=True)
-    command(vocab, "list the learned tokens with their counts in a text", with_data=True)
-    args = parser.parse_args()
-    if not 256 <= getattr(args, "vocab_size", 256) <= MAX_VOCAB:
-        args.error(f"argument --vocab_size: must be from 256 (the bytes) to {MAX_VOCAB}")
-    return args
+    command(show_command, "print a text cut into its tokens, with their ids", with_text=True)
+    command(vocab_command, "list the learned tokens with their counts in a text", with_data=True)
+    return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     args.function(args)
 
@@ -587,11 +542,11 @@ def main():
 # ---- what all scripts share ----
 
 def run_script(main: Callable[[], None], memory_remedy: str = "close other programs") -> None:
-    """Runs `main` and ends the process, in the one way in which all scripts end.
+    """Runs a script's `main` and ends the process in the way in which all scripts end.
 
-    Ctrl-C ends it with status 130 and no word, a pipe closed by its reader with status 0 and no word;
-    a ValueError, an OSError or a lack of memory with one line and status 1. Whatever else is raised is
-    a fault of ours and shows its traceback. Characters that the terminal lacks are printed as `?`.
+    Ctrl-C means status 130 and no word, a closed pipe status 0 and no word, a ValueError, an
+    OSError or a lack of memory status 1 and one line. Anything else is a bug and shows its
+    traceback. What the terminal cannot show is printed as `?`.
     """
     sys.stdout.reconfigure(errors="replace")
     name, status = Path(sys.argv[0]).name, None
@@ -613,29 +568,27 @@ def run_script(main: Callable[[], None], memory_remedy: str = "close other progr
     for stream in sys.stdout, sys.stderr:
         try:
             stream.flush()
-        except OSError:  # Python would complain of what could not be written
+        except OSError:  # or Python complains, as it ends, of what it could not write
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Returns whether an error, or one it came from, tells of too little memory, of a GPU or the machine."""
-    words = ("out of memory", "enough memory", "allocate memory", "calculation overflowed",
-             "Invalid buffer size")  # PyTorch says so in several ways
-    if isinstance(error, MemoryError):
+    """Returns whether an error, or one it came from, tells of a lack of memory, a GPU's or not."""
+    phrases = ("out of memory", "enough memory", "allocate memory", "calculation overflowed",
+               "Invalid buffer size")  # PyTorch's
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
+            phrase in str(error) for phrase in phrases):
         return True
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
-        return True
-    # an error while a CUDA graph is recorded is followed by another, of the recording
+    # an error during the recording of a CUDA graph raises another as the recording ends
     return error is not None and out_of_memory(error.__context__)
 
 
-def bounded(kind: type, minimum: float, below: float | None = None) -> Callable[[str], int | float]:
-    """Returns a `type` for argparse: an int or float that is at least `minimum` and less than `below`.
+def bounded(kind: type, minimum: float,
+            below: float | None = None) -> Callable[[str], int | float]:
+    """Returns a `type` for argparse: an int or float of at least `minimum` and less than `below`.
 
-    bounded(int, 1)("0") -> argparse.ArgumentTypeError: must be at least 1, not 0
-
-    Whole numbers of 2**63 and more, which PyTorch cannot hold, and nan and inf are refused, too.
+    It refuses nan, inf and whole numbers beyond 2**63 - 1, which PyTorch cannot hold, too.
     """
     def convert(text: str) -> int | float:
         try:
@@ -649,6 +602,82 @@ def bounded(kind: type, minimum: float, below: float | None = None) -> Callable[
             raise argparse.ArgumentTypeError(f"must be at least {minimum}{upper}, not {value}")
         return value
     return convert
+
+
+def default_run(file: str) -> Path:
+    """Returns the folder to find a run's `file` in: the pretrained run's, until there is one."""
+    folders = [folder for folder in (CHECKPOINTS, PRETRAINED) if (folder / file).exists()]
+    return folders[0] if folders else CHECKPOINTS
+
+
+def read_text(path: str | Path) -> str:
+    """Returns the text of a UTF-8 file without a byte-order mark; line ends stay as they are.
+
+    Raises ValueError if it is missing, unreadable, empty, binary, or in another encoding.
+    """
+    path, remedy = Path(path), "pass a text with --data_path"
+    if not path.exists():
+        raise ValueError(f"there is no text at {path}: run python data/prepare.py, or {remedy}")
+    try:
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
+    if not data:
+        raise ValueError(f"{path} is empty: {remedy}")
+    zeros, at_even_places = data.count(0, 0, 1 << 16), data[:1 << 16:2].count(0)
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if utf16 or zeros > 99 and at_even_places in (0, zeros):
+        raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8")
+    if 0 in data:
+        raise ValueError(f"{path} is binary (byte {data.index(0)} is zero): {remedy}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
+        raise ValueError(f"{path} is not UTF-8 ({byte}), but Latin-1 perhaps: "
+                         "convert it with iconv -f LATIN1 -t UTF-8") from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a binary file that takes the place of `path` when it is complete, and not before.
+
+    Whatever happens, `path` is what it was or all of the new file. An exception removes the
+    temporary file beside it, `.{name}.tmp`; a killed process leaves that for the next write to
+    replace. Creates the folder, follows a symbolic link, and raises OSError with the path in it.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        if target.exists() and not target.is_file():  # /dev/null, say, which root could replace
+            raise OSError("it is not a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a renaming in a folder outlast a power cut, where system and drive can do that."""
+    if os.name == "posix":  # Windows cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # some shared drives cannot, either
+            os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def visible(token: bytes) -> str:
+    """Spells the bytes of a token in printable characters: b"a\\n\\xff" -> 'a\\\\n\\\\xff'."""
+    text = token.decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

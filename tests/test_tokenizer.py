@@ -1,5 +1,5 @@
 """The tokenizer: the textbook's merges and ids exactly, published facts, files that are safe, clear errors."""
-
+import argparse
 import itertools
 import os
 import pickle
@@ -59,7 +59,7 @@ def published(text, tmp_path_factory):
     return BasicTokenizer(ROOT / "data" / "input.txt", out_dir=tmp_path_factory.mktemp("shakespeare"))
 
 
-# ---------------------------------------------------------------------------- the same as the textbook
+# ---- the same as the textbook ----
 
 runs = st.lists(st.tuples(st.sampled_from(b"ab"), st.integers(1, 40)), max_size=20).map(
     lambda runs: b"".join(bytes([byte]) * length for byte, length in runs))
@@ -160,7 +160,7 @@ def test_ids_beyond_the_surrogates_and_16_bits():
     assert tokenizer.decode_bytes(short.tolist()) == data
 
 
-# ---------------------------------------------------------------------------- published facts, on the real text
+# ---- published facts, on the real text ----
 
 
 def test_published_merges_and_prints(text, tmp_path, capsys):
@@ -203,7 +203,7 @@ def test_bpe_dropout_leaves_out_the_share_of_merges_it_is_given():
     assert abs((ids == 256).sum() / 100_000 - 0.7) < 0.005
 
 
-# ---------------------------------------------------------------------------- the class
+# ---- the class ----
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def test_surrogates_do_not_crash(small):
     small.encode("\ud800")
 
 
-# ---------------------------------------------------------------------------- reading a text
+# ---- reading a text ----
 
 
 @pytest.mark.parametrize("data, message", [
@@ -329,7 +329,7 @@ def test_a_byte_order_mark_goes_and_line_ends_stay(tmp_path):
     assert read_text(tmp_path / "input.txt") == "a\r\nb\n"
 
 
-# ---------------------------------------------------------------------------- hostile and damaged files
+# ---- hostile and damaged files ----
 
 MERGES = {(97, 98): 256, (256, 99): 257}
 VOCAB = spell(MERGES)
@@ -449,7 +449,7 @@ def test_pickles_of_others_load(tmp_path, protocol):
         assert load_pair(tmp_path)[:2] == (MERGES, VOCAB)
 
 
-# ---------------------------------------------------------------------------- written whole or not at all
+# ---- written whole or not at all ----
 
 OLD, NEW, NEXT = {(97, 98): 256}, {(120, 121): 256, (256, 122): 257}, {(32, 32): 256}
 
@@ -597,7 +597,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
                 file.write(b"x")
 
 
-# ---------------------------------------------------------------------------- command line
+# ---- command line ----
 
 
 def run(*arguments, **options):
@@ -633,8 +633,9 @@ def test_train_on_the_command_line(small, tmp_path):
 @pytest.mark.parametrize("arguments, status, message", [
     ([], 2, "the following arguments are required: COMMAND"),
     (["dance"], 2, "invalid choice: 'dance'"),
-    (["train", "--vocab_size", "255"], 2, "argument --vocab_size: must be from 256"),
-    (["train", "--vocab_size", "many"], 2, "argument --vocab_size: invalid int value: 'many'"),
+    (["train", "--vocab_size", "255"], 2, "argument --vocab_size: must be at least 256 and less"),
+    (["train", "--vocab_size", "many"], 2,
+     "argument --vocab_size: must be a whole number, not 'many'"),
     (["train", "--data_path", "none.txt"], 1, "no text at none.txt: run python data/prepare.py, or pass"),
     (["train", "--data_path", "."], 1, "cannot read .: Is a directory"),
     (["train", "--data_path", "text.txt", "--vocab_size", "9999"], 1, "vocab_size can be"),
@@ -653,17 +654,100 @@ def test_mistakes_are_one_line(small, arguments, status, message):
     assert status == 2 or len(done.stderr.splitlines()) == 1
 
 
-def test_a_closed_pipe_is_no_error(small):
-    (small.out_dir / "long.txt").write_bytes(bytes(range(1, 128)) * 20_000)
-    command = [sys.executable, ROOT / "tokenizer.py", "encode", "--out_dir", small.out_dir]
-    with open(small.out_dir / "long.txt") as file:
-        process = subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(10)
-    process.stdout.close()
-    assert b"Error" not in process.stderr.read()
-    assert process.wait() == 0
-
-
 def test_the_tokenizer_needs_no_torch():
     program = "import sys, tokenizer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+# ---- what all scripts share ----
+
+def ended(main, *flags, **options):
+    """Runs a script of which `main` is the body, buffered output and all."""
+    code = ("import sys, tokenizer; sys.argv[0] = 'folder/name.py'\n"
+            f"def main():\n print('before')\n {main}\n"
+            "tokenizer.run_script(main, 'buy some')")
+    return subprocess.run([sys.executable, *flags, "-c", code], cwd=ROOT, text=True, timeout=60,
+                          **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+
+
+@pytest.mark.parametrize("main, status, line", [
+    ("pass", 0, ""),
+    ("sys.exit(3)", 3, ""),
+    ("raise KeyboardInterrupt", 130, ""),
+    ("raise BrokenPipeError", 0, ""),
+    ("raise ValueError('no such thing')", 1, "name.py: no such thing\n"),
+    ("open('/none/such')", 1, "name.py: [Errno 2] No such file or directory: '/none/such'\n"),
+    ("bytearray(1 << 62)", 1, "name.py: not enough memory: buy some\n"),
+    ("raise RuntimeError('CUDA out of memory.')", 1, "name.py: not enough memory: buy some\n"),
+])
+def test_a_script_ends_with_its_status_and_one_line_at_most(main, status, line):
+    process = ended(main)
+    assert (process.returncode, process.stdout, process.stderr) == (status, "before\n", line)
+
+
+def test_a_fault_of_the_script_shows_its_traceback():
+    process = ended("raise RuntimeError('a shape of 3')")
+    assert process.returncode == 1 and process.stderr.startswith("Traceback")
+    assert process.stderr.endswith("RuntimeError: a shape of 3\n")
+
+
+def test_an_error_while_a_lack_of_memory_is_handled_is_known_to_come_from_it():
+    process = ended("""
+ try:
+  raise MemoryError
+ finally:
+  raise RuntimeError('ended while recording')""")
+    assert process.stderr == "name.py: not enough memory: buy some\n"
+
+
+@pytest.mark.parametrize("main", ["pass", "print('much' * 100_000)", "sys.exit(0)",
+                                  "print('to the same pipe', file=sys.stderr)"])
+def test_a_closed_pipe_is_silent(main):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = ended(main, stdout=writer, stderr=writer if "stderr" in main else subprocess.PIPE)
+    os.close(writer)
+    assert process.returncode == 0 and not process.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        process = ended("pass", stdout=full)
+    assert (process.returncode, process.stderr) == (1, "name.py: [Errno 28] No space left on device\n")
+
+
+def test_characters_that_the_terminal_lacks_are_question_marks():
+    process = ended("print('caf\\xe9')", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (process.returncode, process.stdout) == (0, "before\ncaf?\n")
+
+
+@pytest.mark.parametrize("kind, minimum, below, texts", [
+    (int, 1, None, ["1", "7", "9223372036854775807"]),
+    (int, 0, 10, ["0", "9"]),
+    (float, 0, None, ["0", "1e-3", "1e300"]),
+    (float, 0.5, 1, ["0.5", "0.999"]),
+])
+def test_bounds_let_pass_what_lies_between(kind, minimum, below, texts):
+    for text in texts:
+        value = tok.bounded(kind, minimum, below)(text)
+        assert value == kind(text) and type(value) is kind
+
+
+@pytest.mark.parametrize("kind, minimum, below, text, message", [
+    (int, 1, None, "0", "must be at least 1, not 0"),
+    (int, 1, None, "9223372036854775808",
+     "must be at least 1 and less than 9223372036854775808, not 9223372036854775808"),
+    (int, 0, 10, "10", "must be at least 0 and less than 10, not 10"),
+    (int, 1, None, "1.5", "must be a whole number, not '1.5'"),
+    (float, 0, 1, "1", "must be at least 0 and less than 1, not 1.0"),
+    (float, 0, None, "-0.1", "must be at least 0, not -0.1"),
+    (float, 0, None, "nan", "must be at least 0, not nan"),
+    (float, 0, None, "inf", "must be at least 0 and less than inf, not inf"),
+    (float, 0, None, "-inf", "must be at least 0, not -inf"),
+    (float, 0, None, "a", "must be a number, not 'a'"),
+])
+def test_bounds_refuse_the_rest_and_say_what_they_are(kind, minimum, below, text, message):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        tok.bounded(kind, minimum, below)(text)
+    assert str(error.value) == message
