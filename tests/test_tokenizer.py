@@ -15,14 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as tok
+from conftest import ROOT, wait_for
 from textbook_bpe import textbook_bpe_encode, textbook_bpe_train
-from tokenizer import (BasicTokenizer, TokenSequence, atomic_write, learn, load_pair, read_text, save_pair,
-                       spell)
+from tokenizer import (
+    BasicTokenizer,
+    TokenSequence,
+    atomic_write,
+    learn,
+    load_pair,
+    read_text,
+    save_pair,
+    spell,
+)
 
 SENTENCE = "Hi, My name is Toufik"
 SENTENCE_IDS = [72, 105, 261, 77, 265, 110, 97, 378, 279, 84, 262, 102, 105, 107]
