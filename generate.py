@@ -1,16 +1,15 @@
 """Samples text from a trained network.
 
-    python generate.py                                          # 500 tokens, starting from a line end
+    python generate.py                                          # 500 tokens, after a line end
     python generate.py --prompt "ROMEO:" --temperature 0.8 --top_p 0.95
     python generate.py --num_samples 64 --max_new_tokens 200 --out samples.txt
     echo "To be" | python generate.py --prompt_file -
 
-The text may be longer than the network's context (block_size, 256 tokens as published). Whenever that is full, the
-network reads its more recent half once more and goes on from there.
+The text may be longer than the network's context (block_size, 256 tokens as published). Whenever
+that is full, the network reads its more recent half once more and goes on from there.
 """
 import argparse
 import codecs
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,12 +19,15 @@ from typing import BinaryIO
 
 import torch
 
-from model import choose_device, find_checkpoint, load_model, out_of_memory
-from tokenizer import BasicTokenizer, atomic_write, default_run
+from model import choose_device, find_checkpoint, load_model
+from tokenizer import BasicTokenizer, atomic_write, bounded, default_run, run_script
 
 
 def read_prompt(args: argparse.Namespace) -> str | bytes:
-    """The prompt from the command line, a file, or standard input (`-`); its bytes need not be text."""
+    """Returns the prompt from the command line, a file, or standard input (`-`).
+
+    Its bytes need not be text. Raises ValueError if the file cannot be read.
+    """
     if args.prompt_file is None:
         return args.prompt
     if str(args.prompt_file) == "-":
@@ -33,31 +35,41 @@ def read_prompt(args: argparse.Namespace) -> str | bytes:
     try:
         return args.prompt_file.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read --prompt_file {args.prompt_file}: {error.strerror}") from error
+        reason = f"cannot read --prompt_file {args.prompt_file}: {error.strerror}"
+        raise ValueError(reason) from error
 
 
-def write_stream(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prompt: list[int], file: BinaryIO) -> int:
-    """Writes the prompt, then each token as it comes, never half a character. Returns how many tokens came."""
+def write_stream(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prompt: list[int],
+                 file: BinaryIO) -> int:
+    """Writes the prompt and each token, (1,) int64, as it comes, but never half a character.
+
+    Returns how many tokens came.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     file.write(decoder.decode(tokenizer.decode_bytes(prompt)).encode())
     count = 0
     try:
-        for count, token in enumerate(tokens, 1):
+        for token in tokens:
             file.write(decoder.decode(tokenizer.decode_bytes(token.tolist())).encode())
             file.flush()
-    except KeyboardInterrupt:  # what there is stays
+            count += 1
+    except KeyboardInterrupt:  # keeps what there is
         pass
     file.write(decoder.decode(b"", final=True).encode() + b"\n")
     return count
 
 
-def write_samples(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prompt: list[int], number: int, file: BinaryIO) -> int:
-    """Writes all samples, one after the other, when they are done. Returns how many tokens came."""
+def write_samples(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prompt: list[int],
+                  number: int, file: BinaryIO) -> int:
+    """Writes samples one after the other when all are done; `tokens` yields (number,) int64.
+
+    Returns how many tokens came.
+    """
     steps = []
     try:
         for token in tokens:
             steps.append(token.tolist())
-    except KeyboardInterrupt:  # what there is is written
+    except KeyboardInterrupt:  # keeps what there is
         pass
     for i in range(number):
         text = tokenizer.decode(prompt + [step[i] for step in steps])
@@ -66,39 +78,43 @@ def write_samples(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, pro
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="\n", help="text to continue (default: a line end)")
-    prompt.add_argument("--prompt_file", type=Path, help="file with the text to continue; - for standard input")
-    parser.add_argument("--max_new_tokens", type=int, default=500, metavar="N", help="tokens to sample (default 500)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X",
-                        help="below 1 plays safe, above 1 takes risks, 0 always takes the likeliest token (default 1.0)")
-    parser.add_argument("--top_k", type=int, metavar="N", help="sample among the N likeliest tokens only (default: all)")
-    parser.add_argument("--top_p", type=float, metavar="X",
-                        help="sample among the likeliest tokens that have probability X together (default: all)")
-    parser.add_argument("--num_samples", type=int, default=1, metavar="N",
-                        help="texts to sample side by side, printed when all are done (default 1)")
-    parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: another each time)")
-    parser.add_argument("--out_dir", type=Path, help="folder of the run (default checkpoints/, or the pretrained network's if it holds none)")
-    parser.add_argument("--checkpoint", type=Path, help="weights to use, float or int8 (default: model.pt in --out_dir)")
+    prompt.add_argument("--prompt_file", type=Path,
+                        help="file with the text to continue; - for standard input")
+    parser.add_argument("--max_new_tokens", type=bounded(int, 1), default=500, metavar="N",
+                        help="tokens to sample (default: 500)")
+    parser.add_argument("--temperature", type=bounded(float, 0), default=1.0, metavar="X",
+                        help="below 1 plays safe, above 1 takes risks, 0 always takes the "
+                        "likeliest token (default: 1.0)")
+    parser.add_argument("--top_k", type=bounded(int, 1), metavar="N",
+                        help="sample among the N likeliest tokens only (default: all)")
+    parser.add_argument("--top_p", type=bounded(float, 0), metavar="X",
+                        help="sample among the likeliest tokens that have probability X together "
+                        "(default: all)")
+    parser.add_argument("--num_samples", type=bounded(int, 1, 2**16 + 1), default=1, metavar="N",
+                        help="texts to sample side by side, printed when all are done (default: 1)")
+    parser.add_argument("--seed", type=bounded(int, 0), metavar="N",
+                        help="same seed, same text (default: another each time)")
+    parser.add_argument("--out_dir", type=Path, help="folder of the run "
+                        "(default: checkpoints/, or the pretrained network's if it holds none)")
+    parser.add_argument("--checkpoint", type=Path,
+                        help="weights to use, float or int8 (default: model.pt in --out_dir)")
     parser.add_argument("--out", type=Path, help="file to write to (default: the terminal)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
+    parser.add_argument("--device", default="auto",
+                        help="cuda, mps or cpu (default: the first of these that is there)")
     args = parser.parse_args()
-    for name, ok, rule in (
-            ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= args.temperature < float("inf"), "at least 0 and finite"),
-            ("top_k", args.top_k is None or args.top_k >= 1, "at least 1"),
-            ("top_p", args.top_p is None or 0 < args.top_p <= 1, "more than 0 and at most 1"),
-            ("num_samples", 1 <= args.num_samples <= 2**16, "at least 1 and at most 65536"),
-            ("seed", args.seed is None or args.seed >= 0, "at least 0")):
-        if not ok:
-            parser.error(f"--{name} must be {rule}, not {getattr(args, name)}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:  # beyond `bounded`: 0 is out, 1 is in
+        parser.error(f"argument --top_p: must be more than 0 and at most 1, not {args.top_p}")
     return args
 
 
 def main() -> None:
     args = parse_args()
-    out_dir = args.out_dir or (args.checkpoint.parent if args.checkpoint else default_run("model.pt"))
+    out_dir = args.checkpoint.parent if args.checkpoint else default_run("model.pt")
+    out_dir = args.out_dir or out_dir
     device = choose_device(args.device)
     prompt = read_prompt(args)
     path = find_checkpoint(args.checkpoint or out_dir / "model.pt")
@@ -108,15 +124,17 @@ def main() -> None:
         print("int8 weights run on the CPU: not using the GPU", file=sys.stderr)
         device = torch.device("cpu")
     model.to(device)
-    print(f"using {path}, iteration {checkpoint['iteration']}, validation loss {checkpoint['val_loss']:.4f}"
+    print(f"using {path}, iteration {checkpoint['iteration']}, "
+          f"validation loss {checkpoint['val_loss']:.4f}"
           + " before quantizing" * checkpoint.get("int8", False), file=sys.stderr)
 
-    ids = tokenizer.encode_array(prompt or "\n").tolist()
-    if len(ids) > model.config.block_size:
-        print(f"the prompt has {len(ids)} tokens: only the last {model.config.block_size} count", file=sys.stderr)
+    ids, block_size = tokenizer.encode_array(prompt or "\n").tolist(), model.config.block_size
+    if len(ids) > block_size:
+        print(f"the prompt has {len(ids)} tokens: only the last {block_size} count",
+              file=sys.stderr)
     idx = torch.tensor([ids], device=device).expand(args.num_samples, -1)
-    tokens = model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-
+    tokens = model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                          args.seed)
     started = time.perf_counter()
     with atomic_write(args.out) if args.out else nullcontext(sys.stdout.buffer) as file:
         if args.num_samples == 1:
@@ -125,19 +143,9 @@ def main() -> None:
             count = write_samples(tokens, tokenizer, ids, args.num_samples, file)
         file.flush()
     seconds = time.perf_counter() - started
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens a second", file=sys.stderr)
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens a second",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.exit(f"generate.py: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit("generate.py: not enough memory: use a smaller --num_samples, or another --device")
-    except KeyboardInterrupt:  # before the first token
-        sys.exit(130)
+    run_script(main, "use a smaller --num_samples, or another --device")
