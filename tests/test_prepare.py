@@ -229,14 +229,11 @@ def test_killed_at_random_instants_the_text_is_whole_or_absent(server, tmp_path)
 
 
 def test_help_and_unknown_flags():
-    shown, wrong = run("data/prepare.py", "--help"), run("data/prepare.py", "--nonsense")
+    shown, wrong = run(SCRIPT, "--help"), run(SCRIPT, "--nonsense")
     assert shown.returncode == 0 and "never replaces" in shown.stdout
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
 
 
-def test_the_script_knows_the_real_text():
-    """The constants in the script against the text itself, where it is there."""
-    if not (SCRIPT.parent / "input.txt").exists() and not os.environ.get("CI"):
-        pytest.skip("data/input.txt is missing: run `python data/prepare.py`")
-    done = run("data/prepare.py", cwd=SCRIPT.anchor)
+def test_the_script_knows_the_real_text(shakespeare):
+    done = run(SCRIPT, cwd=SCRIPT.anchor)
     assert done.returncode == 0 and "is Tiny Shakespeare already" in done.stdout, done.stderr
