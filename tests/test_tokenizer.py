@@ -687,13 +687,17 @@ def test_the_tokenizer_needs_no_torch():
 
 # ---- what all scripts share ----
 
-def ended(main, *flags, **options):
-    """Runs a script of which `main` is the body, buffered output and all."""
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}  # as users run scripts: much can fail at the end
+
+
+def ended(main, **options):
+    """Runs a script with this `main`, which prints before."""
     code = ("import sys, tokenizer; sys.argv[0] = 'folder/name.py'\n"
             f"def main():\n print('before')\n {main}\n"
             "tokenizer.run_script(main, 'buy some')")
-    return subprocess.run([sys.executable, *flags, "-c", code], cwd=ROOT, text=True, timeout=60,
-                          **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, timeout=60,
+                          **pipes | {"env": BUFFERED} | options)
 
 
 @pytest.mark.parametrize("main, status, line", [
@@ -736,6 +740,18 @@ def test_a_closed_pipe_is_silent(main):
     assert process.returncode == 0 and not process.stderr
 
 
+@pytest.mark.parametrize("script", ["data/prepare.py", "tokenizer.py", "train.py", "generate.py",
+                                    "quantize.py", "plots.py"])
+def test_every_script_ends_in_this_way(script):
+    """The help fills no buffer: whoever leaves its end to Python complains of a closed pipe."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run([sys.executable, ROOT / script, "--help"], stdout=writer,
+                             stderr=subprocess.PIPE, timeout=120, env=BUFFERED)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (0, b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
@@ -745,7 +761,7 @@ def test_a_full_disk_is_one_line():
 
 
 def test_characters_that_the_terminal_lacks_are_question_marks():
-    process = ended("print('caf\\xe9')", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    process = ended("print('caf\\xe9')", env={**BUFFERED, "PYTHONIOENCODING": "ascii"})
     assert (process.returncode, process.stdout) == (0, "before\ncaf?\n")
 
 
