@@ -605,7 +605,7 @@ def bounded(kind: type, minimum: float,
 
 
 def default_run(file: str) -> Path:
-    """Returns the folder to find a run's `file` in: the pretrained run's, until there is one."""
+    """Returns checkpoints/, or the pretrained network's folder if only that has the `file`."""
     folders = [folder for folder in (CHECKPOINTS, PRETRAINED) if (folder / file).exists()]
     return folders[0] if folders else CHECKPOINTS
 
