@@ -1,4 +1,5 @@
 """What the tests share: running a script as a user does, the real text, and a tiny network trained in seconds."""
+import csv
 import os
 import shutil
 import signal
@@ -13,8 +14,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-TINY = ["--n_embd", "16", "--n_head", "3", "--n_layer", "2", "--block_size", "16", "--batch_size", "4", "--vocab_size", "300",
-        "--device", "cpu"]
+TINY = ["--n_embd", "16", "--n_head", "3", "--n_layer", "2", "--block_size", "16", "--batch_size", "4",
+        "--vocab_size", "300", "--device", "cpu"]
 
 
 def pytest_configure(config):
@@ -27,14 +28,22 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("attack")]
 
 
+# ---- scripts ----
+
 def run(script, *args, **options):
     """Runs a script of the repository. Returns the finished process, with its output as text."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], text=True, capture_output=True,
                           **{"timeout": 300, "stdin": subprocess.DEVNULL} | options)
 
 
+def start(script, *args, **options):
+    """Starts a script of the repository. Returns the process, with pipes for its output as text."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)],
+                            **{"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+
+
 def complaint(process, status=1):
-    """The one line a failed script leaves on standard error; fails if there is anything else, a traceback say."""
+    """Returns the one line a failed script leaves on standard error; fails at anything else, a traceback say."""
     assert process.returncode == status, process.stdout + process.stderr
     lines = [line for line in process.stderr.splitlines() if status == 1 or not line.startswith(("usage:", " "))]
     assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr
@@ -48,21 +57,68 @@ def wait_for(event, process):
         time.sleep(0.01)
 
 
+# ---- what a run leaves ----
+
+def contents(folder):
+    """Returns {path: bytes} of every file below a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def metrics(folder):
+    """Returns the rows of metrics.csv as dicts of floats."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def losses(folder):
+    """Returns {iteration: (training loss, validation loss)}."""
+    return {row["iteration"]: (row["train_loss"], row["val_loss"]) for row in metrics(folder)}
+
+
+def same(a, b):
+    """Tells whether two values of checkpoints are equal, tensors bit for bit."""
+    import torch
+
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or a != a and b != b
+
+
+def same_weights(a, b):
+    """Tells whether two runs ended with the same weights, bit for bit."""
+    from model import load_checkpoint
+
+    a, b = (load_checkpoint(folder / "last.pt")["model"] for folder in (a, b))
+    return same(a, b)
+
+
+# ---- fixtures ----
+
 @pytest.fixture(scope="session")
 def shakespeare():
-    """Path of the real text; where it is missing the test is skipped, but in CI it fails."""
-    path = ROOT / "data" / "input.txt"
-    if not path.exists():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("data/input.txt is missing: run python data/prepare.py")
-    return path
+    """Path of the real text, which data/prepare.py fetches where it is missing.
+
+    Where that fails, or another text lies there, the tests that need it are skipped; in CI they fail.
+    """
+    fetched = run("data/prepare.py")
+    if fetched.returncode or "another text" in fetched.stdout:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(fetched.stderr.strip() or fetched.stdout.strip())
+    return ROOT / "data" / "input.txt"
 
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory):
     """A text of 20,000 characters with something to learn in it, accents and a long dash included."""
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
-    lines = [f"{who}: {what} \N{EM DASH} {number * number % 97} caf\N{LATIN SMALL LETTER E WITH ACUTE}s.\n" for number in range(700)
-             for who, what in [(("ROMEO", "JULIET", "NURSE")[number % 3], ("speak", "be gone", "good night", "what say you")[number % 4])]]
+    who, what = ("ROMEO", "JULIET", "NURSE"), ("speak", "be gone", "good night", "what say you")
+    lines = [f"{who[n % 3]}: {what[n % 4]} \N{EM DASH} {n * n % 97} caf\N{LATIN SMALL LETTER E WITH ACUTE}s.\n"
+             for n in range(700)]
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
@@ -71,8 +127,8 @@ def tiny_text(tmp_path_factory):
 def finished_run(tiny_text, tmp_path_factory):
     """The folder of a run of 60 iterations with a tiny network. Read it, don't change it."""
     folder = tmp_path_factory.mktemp("run")
-    process = run("train.py", *TINY, "--data_path", tiny_text, "--out_dir", folder, "--max_iters", 60, "--eval_interval", 20,
-                  "--learning_rate", "3e-3")
+    process = run("train.py", *TINY, "--data_path", tiny_text, "--out_dir", folder, "--max_iters", 60,
+                  "--eval_interval", 20, "--learning_rate", "3e-3")
     assert process.returncode == 0, process.stderr
     (folder / "stdout.txt").write_text(process.stdout)
     return folder
@@ -82,3 +138,27 @@ def finished_run(tiny_text, tmp_path_factory):
 def tiny_run(finished_run, tmp_path):
     """A copy of that folder, to change at will."""
     return shutil.copytree(finished_run, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def quantized_run(finished_run, tiny_text, tmp_path_factory):
+    """A copy with model_int8.pt, and without last.pt.old, which would hide a damaged last.pt. Read it only, too."""
+    folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("quantized") / "run")
+    assert run("quantize.py", "--out_dir", folder, "--data_path", tiny_text).returncode == 0
+    (folder / "last.pt.old").unlink()
+    return folder
+
+
+@pytest.fixture
+def new_trainer(monkeypatch):
+    """Makes a Trainer in this process from flags, without its signal handlers and its lock on the folder."""
+    import train
+
+    def new(*flags):
+        monkeypatch.setattr(train, "Stop", type("NoStop", (), {"requested": False}))
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        trainer = train.Trainer(*train.parse_args())
+        trainer.held.close()
+        return trainer
+
+    return new
