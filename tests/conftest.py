@@ -1,21 +1,26 @@
-"""What the tests share: running a script as a user does, the real text, and a tiny network trained in seconds."""
+"""What the tests share: running a script, the real text, and a tiny network trained in seconds."""
 import csv
+import importlib
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it runs in the background deaf to Ctrl-C
+# a shell starts what it runs in the background deaf to Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "data", "tests")]
 
-TINY = ["--n_embd", "16", "--n_head", "3", "--n_layer", "2", "--block_size", "16", "--batch_size", "4",
-        "--vocab_size", "300", "--device", "cpu"]
+TINY = ["--n_embd", "16", "--n_head", "3", "--n_layer", "2", "--block_size", "16",
+        "--batch_size", "4", "--vocab_size", "300", "--device", "cpu"]
 
 
 def pytest_configure(config):
@@ -24,28 +29,47 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if "attack" not in config.option.markexpr:
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("attack")])
-        items[:] = [item for item in items if not item.get_closest_marker("attack")]
+        attacks = [item for item in items if item.get_closest_marker("attack")]
+        config.hook.pytest_deselected(items=attacks)
+        items[:] = [item for item in items if item not in attacks]
 
 
 # ---- scripts ----
 
 def run(script, *args, **options):
     """Runs a script of the repository. Returns the finished process, with its output as text."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], text=True, capture_output=True,
-                          **{"timeout": 300, "stdin": subprocess.DEVNULL} | options)
+    defaults = {"text": True, "capture_output": True, "timeout": 300, "stdin": subprocess.DEVNULL}
+    command = [sys.executable, ROOT / script, *args]
+    return subprocess.run([*map(str, command)], **defaults | options)
 
 
 def start(script, *args, **options):
     """Starts a script of the repository. Returns the process, with pipes for its output as text."""
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)],
-                            **{"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+    defaults = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, ROOT / script, *args]
+    return subprocess.Popen([*map(str, command)], **defaults | options)
+
+
+FORKS = multiprocessing.get_context("forkserver")  # has libraries loaded: scripts start at once
+FORKS.set_forkserver_preload(["matplotlib.figure", "torch._dynamo", "torch.ao.quantization"])
+
+
+def run_main(module, args, patch, environment):
+    """Runs main() of a script, with some of its names replaced and without output, for FORKS."""
+    os.environ.update(environment)
+    tqdm.set_lock(threading.RLock())  # else a killed process leaves a semaphore
+    script = importlib.import_module(module)
+    vars(script).update(patch)
+    sys.argv = [f"{module}.py", *args]
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    script.main()
 
 
 def complaint(process, status=1):
-    """Returns the one line a failed script leaves on standard error; fails at anything else, a traceback say."""
+    """Returns the one line a failed script leaves on standard error; fails at a traceback, say."""
     assert process.returncode == status, process.stdout + process.stderr
-    lines = [line for line in process.stderr.splitlines() if status == 1 or not line.startswith(("usage:", " "))]
+    lines = [line for line in process.stderr.splitlines()
+             if status == 1 or not line.startswith(("usage:", " "))]
     assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr
     return lines[0]
 
@@ -61,7 +85,8 @@ def wait_for(event, process):
 
 def contents(folder):
     """Returns {path: bytes} of every file below a folder."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 def metrics(folder):
@@ -82,7 +107,8 @@ def same(a, b):
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and a.numpy().tobytes() == b.numpy().tobytes()
+        alike = (a.dtype, a.shape) == (b.dtype, b.shape)
+        return alike and a.numpy().tobytes() == b.numpy().tobytes()
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -94,8 +120,7 @@ def same_weights(a, b):
     """Tells whether two runs ended with the same weights, bit for bit."""
     from model import load_checkpoint
 
-    a, b = (load_checkpoint(folder / "last.pt")["model"] for folder in (a, b))
-    return same(a, b)
+    return same(*(load_checkpoint(folder / "last.pt")["model"] for folder in (a, b)))
 
 
 # ---- fixtures ----
@@ -104,21 +129,21 @@ def same_weights(a, b):
 def shakespeare():
     """Path of the real text, which data/prepare.py fetches where it is missing.
 
-    Where that fails, or another text lies there, the tests that need it are skipped; in CI they fail.
+    Where that fails, or another text lies there, tests that need it are skipped; in CI they fail.
     """
     fetched = run("data/prepare.py")
     if fetched.returncode or "another text" in fetched.stdout:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(fetched.stderr.strip() or fetched.stdout.strip())
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(fetched.stdout + fetched.stderr)
     return ROOT / "data" / "input.txt"
 
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory):
-    """A text of 20,000 characters with something to learn in it, accents and a long dash included."""
+    """A text of 20,000 characters with something to learn in it, an accent and a dash included."""
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
-    who, what = ("ROMEO", "JULIET", "NURSE"), ("speak", "be gone", "good night", "what say you")
-    lines = [f"{who[n % 3]}: {what[n % 4]} \N{EM DASH} {n * n % 97} caf\N{LATIN SMALL LETTER E WITH ACUTE}s.\n"
-             for n in range(700)]
+    who = ("ROMEO", "JULIET", "NURSE")
+    what = ("speak", "be gone", "good night", "what say you")
+    lines = [f"{who[n % 3]}: {what[n % 4]} \u2014 {n * n % 97} caf\u00e9s.\n" for n in range(700)]
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
@@ -127,8 +152,8 @@ def tiny_text(tmp_path_factory):
 def finished_run(tiny_text, tmp_path_factory):
     """The folder of a run of 60 iterations with a tiny network. Read it, don't change it."""
     folder = tmp_path_factory.mktemp("run")
-    process = run("train.py", *TINY, "--data_path", tiny_text, "--out_dir", folder, "--max_iters", 60,
-                  "--eval_interval", 20, "--learning_rate", "3e-3")
+    process = run("train.py", *TINY, "--data_path", tiny_text, "--out_dir", folder,
+                  "--max_iters", 60, "--eval_interval", 20, "--learning_rate", "3e-3")
     assert process.returncode == 0, process.stderr
     (folder / "stdout.txt").write_text(process.stdout)
     return folder
@@ -142,7 +167,7 @@ def tiny_run(finished_run, tmp_path):
 
 @pytest.fixture(scope="session")
 def quantized_run(finished_run, tiny_text, tmp_path_factory):
-    """A copy with model_int8.pt, and without last.pt.old, which would hide a damaged last.pt. Read it only, too."""
+    """A copy with model_int8.pt, and without last.pt.old, which would hide a damaged last.pt."""
     folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("quantized") / "run")
     assert run("quantize.py", "--out_dir", folder, "--data_path", tiny_text).returncode == 0
     (folder / "last.pt.old").unlink()
@@ -151,7 +176,7 @@ def quantized_run(finished_run, tiny_text, tmp_path_factory):
 
 @pytest.fixture
 def new_trainer(monkeypatch):
-    """Makes a Trainer in this process from flags, without its signal handlers and its lock on the folder."""
+    """Makes Trainers in this process from flags, without signal handlers and locks on folders."""
     import train
 
     def new(*flags):

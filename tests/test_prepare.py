@@ -2,13 +2,11 @@
 import hashlib
 import importlib
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -210,22 +208,6 @@ def test_ended_in_mid_download_nothing_is_there_and_the_next_run_works(
     server.pause_after = None
     prepare.main()
     assert prepare.PATH.read_bytes() == TEXT
-
-
-def test_killed_at_random_instants_the_text_is_whole_or_absent(server, tmp_path):
-    chance = random.Random(0)
-    for _ in range(10):
-        (tmp_path / "input.txt").unlink(missing_ok=True)
-        asked = server.requests
-        process = start(server, tmp_path)
-        while server.requests == asked and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.05))  # from the request to the end of the script
-        process.kill()
-        process.communicate()
-        assert set(os.listdir(tmp_path)) <= {"input.txt", ".input.txt.tmp"}
-        path = tmp_path / "input.txt"
-        assert not path.exists() or path.read_bytes() == TEXT
 
 
 def test_help_and_unknown_flags():
