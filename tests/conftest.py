@@ -176,14 +176,26 @@ def quantized_run(finished_run, tiny_text, tmp_path_factory):
 
 @pytest.fixture
 def new_trainer(monkeypatch):
-    """Makes Trainers in this process from flags, without signal handlers and locks on folders."""
+    """Makes a Trainer in this process, which hears no signal and lets go of its folder at once."""
     import train
 
-    def new(*flags):
-        monkeypatch.setattr(train, "Stop", type("NoStop", (), {"requested": False}))
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        trainer = train.Trainer(*train.parse_args())
-        trainer.held.close()
-        return trainer
+    lock = train.lock
 
-    return new
+    def lock_and_let_go(out_dir):
+        lock(out_dir).close()
+
+    monkeypatch.setattr(train, "lock", lock_and_let_go)
+    monkeypatch.setattr(train, "Stop", type("NoStop", (), {"requested": False}))
+    return lambda *flags: train.Trainer(*train.parse_args([*map(str, flags)]))
+
+
+@pytest.fixture
+def train_here(new_trainer, monkeypatch):
+    """Runs main() of train.py in this process, as `new_trainer` does."""
+    import train
+
+    def train_with(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        train.main()
+
+    return train_with
