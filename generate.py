@@ -10,9 +10,10 @@ that is full, the network reads its more recent half once more and goes on from 
 """
 import argparse
 import codecs
+import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +21,9 @@ from typing import BinaryIO
 import torch
 
 from model import choose_device, find_checkpoint, load_model
-from tokenizer import BasicTokenizer, atomic_write, bounded, default_run, run_script
+from tokenizer import BasicTokenizer, Vocab, atomic_write, bounded, default_run, run_script
+
+# ---- the prompt ----
 
 
 def read_prompt(args: argparse.Namespace) -> str | bytes:
@@ -39,20 +42,70 @@ def read_prompt(args: argparse.Namespace) -> str | bytes:
         raise ValueError(reason) from error
 
 
+def take_back(ids: list[int], vocab: Vocab) -> tuple[list[int], bytes]:
+    """Takes back the last tokens of a prompt that a longer token might have had a part in.
+
+    In the training text, "O:" may always be part of the token "O:\\n". A network that reads "O" and
+    ":" has never seen a line end after them, and does not expect one. So the network gets the
+    tokens before, and draws the end of the prompt itself, see `spelling`. Returns the tokens that
+    stay, one at least, and the bytes taken back, b"" where no token goes on beyond the prompt.
+    """
+    longest = max(map(len, vocab.values()))
+    end = b"".join(vocab[token] for token in ids[-longest:])
+    reach = max(overlap(end, token) for token in vocab.values())
+    kept, taken = ids[:], b""
+    while len(taken) < reach and len(kept) > 1:
+        taken = vocab[kept.pop()] + taken
+    return kept, taken
+
+
+def overlap(text: bytes, token: bytes) -> int:
+    """Counts the bytes at the end of a text that a token begins with and goes on from.
+
+    (b"ROMEO:", b"O:\\n") -> 2;  (b"ROMEO:", b"O:") -> 0
+    """
+    lengths = range(min(len(text), len(token) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(token[:length])), 0)
+
+
+def spelling(text: bytes, vocab: Vocab, rows: int,
+             device: torch.device) -> Callable[[torch.Tensor | None], torch.Tensor | None]:
+    """Returns an `allowed` for `GPT.stream` with which each row spells `text` first, as it likes.
+
+    The token that completes it may go on beyond it.
+    """
+    left = [text] * rows  # what each row has yet to spell
+
+    @functools.cache
+    def fitting(rest: bytes) -> torch.Tensor:  # (V,) bool
+        return torch.tensor([token.startswith(rest) or rest.startswith(token)
+                             for token in vocab.values()], device=device)
+
+    def allowed(drawn: torch.Tensor | None) -> torch.Tensor | None:
+        if any(left) and drawn is not None:
+            left[:] = [rest[len(vocab[token]):] for rest, token in zip(left, drawn.tolist())]
+        return torch.stack([fitting(rest) for rest in left]) if any(left) else None
+    return allowed
+
+
+# ---- the text ----
+
 def write_stream(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prompt: list[int],
-                 file: BinaryIO) -> int:
+                 file: BinaryIO, known: int = 0) -> int:
     """Writes the prompt and each token, (1,) int64, as it comes, but never half a character.
 
-    Returns how many tokens came.
+    The first `known` bytes that come are the prompt's last ones, and not written twice. Returns how
+    many tokens came.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     file.write(decoder.decode(tokenizer.decode_bytes(prompt)).encode())
     count = 0
     try:
         for token in tokens:
-            file.write(decoder.decode(tokenizer.decode_bytes(token.tolist())).encode())
+            new = tokenizer.decode_bytes(token.tolist())
+            file.write(decoder.decode(new[known:]).encode())
             file.flush()
-            count += 1
+            count, known = count + 1, max(0, known - len(new))
     except KeyboardInterrupt:  # keeps what there is
         pass
     file.write(decoder.decode(b"", final=True).encode() + b"\n")
@@ -60,10 +113,10 @@ def write_stream(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prom
 
 
 def write_samples(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prompt: list[int],
-                  number: int, file: BinaryIO) -> int:
+                  number: int, file: BinaryIO, known: int = 0) -> int:
     """Writes samples one after the other when all are done; `tokens` yields (number,) int64.
 
-    Returns how many tokens came.
+    The first `known` bytes of each are the prompt's last ones. Returns how many tokens came.
     """
     steps = []
     try:
@@ -72,7 +125,8 @@ def write_samples(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, pro
     except KeyboardInterrupt:  # keeps what there is
         pass
     for i in range(number):
-        text = tokenizer.decode(prompt + [step[i] for step in steps])
+        new = tokenizer.decode_bytes(step[i] for step in steps)[known:]
+        text = (tokenizer.decode_bytes(prompt) + new).decode(errors="replace")
         file.write(f"--- sample {i + 1} of {number} ---\n{text}\n".encode())
     return len(steps) * number
 
@@ -132,17 +186,19 @@ def main() -> None:
     if len(ids) > block_size:
         print(f"the prompt has {len(ids)} tokens: only the last {block_size} count",
               file=sys.stderr)
-    idx = torch.tensor([ids], device=device).expand(args.num_samples, -1)
-    tokens = model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                          args.seed)
+    kept, taken = take_back(ids, tokenizer.vocab)
+    again, rows = len(ids) - len(kept), args.num_samples
+    tokens = model.stream(torch.tensor([kept], device=device).expand(rows, -1),
+                          args.max_new_tokens + again, args.temperature, args.top_k, args.top_p,
+                          args.seed, spelling(taken, tokenizer.vocab, rows, device))
     started = time.perf_counter()
     with atomic_write(args.out) if args.out else nullcontext(sys.stdout.buffer) as file:
-        if args.num_samples == 1:
-            count = write_stream(tokens, tokenizer, ids, file)
+        if rows == 1:
+            count = write_stream(tokens, tokenizer, ids, file, len(taken))
         else:
-            count = write_samples(tokens, tokenizer, ids, args.num_samples, file)
+            count = write_samples(tokens, tokenizer, ids, rows, file, len(taken))
         file.flush()
-    seconds = time.perf_counter() - started
+    seconds, count = time.perf_counter() - started, max(0, count - again * rows)
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens a second",
           file=sys.stderr)
 

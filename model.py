@@ -207,14 +207,15 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float | None = None,
-               seed: int | None = None) -> Iterator[torch.Tensor]:
+               top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
+               allowed: Callable = lambda drawn: None) -> Iterator[torch.Tensor]:
         """Yields max_new_tokens times the next token of each row, (B,) int64, once it is drawn.
 
         temperature, top_k and top_p are `sample`'s. With a seed the text is the same each time, and
-        a row's does not depend on how many rows there are, up to rounding (int8 rounds the inputs
-        of all rows together). Only the last block_size tokens of idx count.
-        Raises ValueError if idx holds none.
+        a row's does not depend on the other rows, up to rounding (int8 rounds the inputs of all
+        together). Only the last block_size tokens of idx count. `allowed` gets the tokens drawn
+        last, (B,), or None at first; it returns which may come next, (B, V) bool, or None if all
+        may. Raises ValueError if idx holds no token.
         """
         if idx.shape[1] == 0:
             raise ValueError("nothing to continue: idx must hold at least one token a row")
@@ -223,8 +224,10 @@ class GPT(nn.Module):
         try:
             decoder = Decoder(self, len(idx))  # remembers what it has read
             logits = decoder.prefill(idx[:, -self.config.block_size:])  # (B, V)
-            draws = uniforms(len(idx), seed, idx.device)
+            draws, token = uniforms(len(idx), seed, idx.device), None
             for left, uniform in zip(reversed(range(max_new_tokens)), draws):
+                if (mask := allowed(token)) is not None:
+                    logits = logits.masked_fill(~mask, float("-inf"))
                 token = sample(logits, uniform, temperature, top_k, top_p)
                 yield token
                 if left:
