@@ -21,7 +21,15 @@ from typing import BinaryIO
 import torch
 
 from model import choose_device, find_checkpoint, load_model
-from tokenizer import BasicTokenizer, Vocab, atomic_write, bounded, default_run, run_script
+from tokenizer import (
+    TEMPERATURE,
+    BasicTokenizer,
+    Vocab,
+    atomic_write,
+    bounded,
+    default_run,
+    run_script,
+)
 
 # ---- the prompt ----
 
@@ -140,9 +148,9 @@ def parse_args() -> argparse.Namespace:
                         help="file with the text to continue; - for standard input")
     parser.add_argument("--max_new_tokens", type=bounded(int, 1), default=500, metavar="N",
                         help="tokens to sample (default: 500)")
-    parser.add_argument("--temperature", type=bounded(float, 0), default=1.0, metavar="X",
-                        help="below 1 plays safe, above 1 takes risks, 0 always takes the "
-                        "likeliest token (default: 1.0)")
+    parser.add_argument("--temperature", type=bounded(float, 0), default=TEMPERATURE,
+                        metavar="X", help="below 1 plays safe, above 1 takes risks, 0 always takes "
+                        f"the likeliest token (default: {TEMPERATURE})")
     parser.add_argument("--top_k", type=bounded(int, 1), metavar="N",
                         help="sample among the N likeliest tokens only (default: all)")
     parser.add_argument("--top_p", type=bounded(float, 0), metavar="X",

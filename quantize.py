@@ -30,7 +30,7 @@ from model import (
     split,
     tile_starts,
 )
-from tokenizer import DEFAULT_TEXT, BasicTokenizer, default_run, read_text, run_script
+from tokenizer import DEFAULT_TEXT, TEMPERATURE, BasicTokenizer, default_run, read_text, run_script
 
 # what an int8 checkpoint keeps of the float one
 KEPT = "config", "tokenizer", "text", "iteration", "train_loss", "val_loss", "val_nats_per_char"
@@ -139,7 +139,8 @@ def main() -> None:
     val = torch.from_numpy(val.astype("int64"))
     print(compare(before, after, (path, out), val, tokens_per_char, start))
     for name, model in ("float32", before), ("int8", after):
-        text = tokenizer.decode(model.generate(start, 150, seed=1337)[0].tolist())
+        ids = model.generate(start, 150, TEMPERATURE, seed=1337)[0].tolist()
+        text = tokenizer.decode(ids)
         print(f"\n--- {name}, seed 1337 ---\n{text}")
     script = Path(sys.argv[0]).with_name("generate.py").as_posix()
     command = ["python", script, "--checkpoint", out.as_posix()]

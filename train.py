@@ -53,6 +53,7 @@ from tokenizer import (
     DEFAULT_TEXT,
     MAX_VOCAB,
     PRETRAINED,
+    TEMPERATURE,
     BasicTokenizer,
     atomic_write,
     bounded,
@@ -1093,7 +1094,8 @@ def farewell(trainer: Trainer) -> str:
                 f"{command}{others}")
     model, best = load_model(args.out_dir / "model.pt")
     start = torch.tensor([trainer.tokenizer.encode_array("\n").tolist()])
-    text = trainer.tokenizer.decode(model.generate(start, 200, seed=args.seed)[0].tolist())
+    ids = model.generate(start, 200, TEMPERATURE, seed=args.seed)[0].tolist()
+    text = trainer.tokenizer.decode(ids)
     command = shlex.join(["python", script.with_name("generate.py").as_posix(), *folder])
     return (f"\na sample, from the weights of iteration {best['iteration']} (val loss "
             f"{best['val_loss']:.4f}):\n{text}\n\nmodel.pt, metrics.csv and all else is in "

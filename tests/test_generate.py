@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, complaint, run
 from generate import main, overlap, spelling, take_back
 from model import load_model
-from tokenizer import BasicTokenizer
+from tokenizer import TEMPERATURE, BasicTokenizer
 
 
 def generate(folder, *args, **options):
@@ -204,6 +204,15 @@ def test_an_interrupt_ends_cleanly_with_what_there_is(finished_run):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and len(first + out) >= 50
     assert b"Traceback" not in err and b"tokens a second" in err
+
+
+def test_training_and_quantizing_show_the_text_that_is_sampled_by_default(tiny_run, tiny_text):
+    sample = generate(tiny_run, "--seed", 1337, "--max_new_tokens", 200).stdout
+    assert f"):\n{sample}\nmodel.pt," in (tiny_run / "stdout.txt").read_text()
+    quantized = run("quantize.py", "--out_dir", tiny_run, "--data_path", tiny_text).stdout
+    sample = generate(tiny_run, "--seed", 1337, "--max_new_tokens", 150,
+                      "--temperature", TEMPERATURE).stdout
+    assert f"--- float32, seed 1337 ---\n{sample}\n---" in quantized
 
 
 def test_an_int8_checkpoint_is_sampled_like_any_other(tiny_run, tiny_text):
