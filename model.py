@@ -10,9 +10,11 @@ they compute the same, faster, or keep files and devices in order.
 Shapes: B sequences of T tokens, C = n_embd channels, H heads of D channels, V = vocab_size.
 """
 import math
+import os
 import pickletools
 import re
 import secrets
+import sys
 import threading
 import warnings
 import zipfile
@@ -26,7 +28,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tokenizer import atomic_write
+from tokenizer import atomic_write, out_of_memory, usable_cores
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+    sys.exit(f"PyTorch {torch.__version__} is too old: pip install -r requirements.txt")
 
 # ---- the network ---------------------------------------------------------------------------------
 
@@ -485,7 +490,8 @@ def cuda_graph(function: Callable[[], object]) -> Callable[[], object]:
     Returns a function that repeats it on what the tensors it reads then hold; these must stay alive
     and be filled in place. What it returns, or leaves elsewhere, as gradients, are always the same
     tensors, overwritten. `function` is called twice: once for real, as libraries set themselves up
-    in a first call (its random numbers are drawn again later), and once to be recorded.
+    in a first call (its random numbers are drawn again later), and once to be recorded. Where
+    recording fails it says so and returns `function` itself.
     """
     stream = torch.cuda.Stream()  # its own: graphs recorded on one stream share a cuBLAS workspace
     stream.wait_stream(torch.cuda.current_stream())
@@ -493,8 +499,15 @@ def cuda_graph(function: Callable[[], object]) -> Callable[[], object]:
         function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = function()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            result = function()
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        reason = str(error).split("\n")[0]
+        print(f"note: no CUDA graphs here ({reason}): going on without, slower", file=sys.stderr)
+        return function
 
     def replay():
         graph.replay()
@@ -765,10 +778,32 @@ def mean_loss(model: GPT, data: torch.Tensor, starts: torch.Tensor) -> float:
 # there is refused in one line, with what there is.
 
 
+def limit_threads() -> None:
+    """Takes no more threads than this process may use cores, unless OMP_NUM_THREADS says more."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+
+
+def works(gpu: str) -> bool:
+    """Returns whether PyTorch can compute on a GPU, as it cannot where it was built without it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # several lines about the same
+        try:
+            torch.ones(1, device=gpu).add_(1).item()
+        except RuntimeError as error:
+            if out_of_memory(error):  # it is there, but full
+                return True
+            name = torch.cuda.get_device_name(gpu)
+            print(f"note: PyTorch {torch.__version__} cannot use {name}: not using it",
+                  file=sys.stderr)
+            return False
+    return True
+
+
 def choose_device(name: str) -> torch.device:
     """Returns the device so named, for `auto` the fastest. Raises ValueError if it is missing."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = [f"cuda:{number}" for number in range(gpus)]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() and name != "cpu" else 0
+    there = [gpu for gpu in (f"cuda:{number}" for number in range(gpus)) if works(gpu)]
     there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     chosen = {"auto": there[0], "cuda": "cuda:0"}.get(name, name)  # set_device wants a number
     if chosen not in there:

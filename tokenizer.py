@@ -13,6 +13,7 @@ does the same slowly, in 50 lines: read it first.
 import argparse
 import codecs
 import hashlib
+import math
 import os
 import pickle
 import pickletools
@@ -607,6 +608,28 @@ def bounded(kind: type, minimum: float,
             raise argparse.ArgumentTypeError(f"must be at least {minimum}{upper}, not {value}")
         return value
     return convert
+
+
+def usable_cores(cgroup: Path = Path("/proc/self/cgroup"),
+                 root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns how many cores this process may use, by its affinity and its container's quota.
+
+    Quotas are those of Linux's control groups: `cpu.max` in version 2, two files in version 1.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    cores = [len(affinity(0)) if affinity else os.cpu_count() or 1]
+    groups = cgroup.read_text().splitlines() if cgroup.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = root / controllers / path.lstrip("/")
+        for place in folder, *folder.parents:  # a limit further up holds, too
+            files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if controllers else ["cpu.max"]
+            with suppress(OSError, ValueError):  # ValueError: max or no number, so no limit
+                quota, period = " ".join((place / name).read_text() for name in files).split()
+                if int(quota) > 0:
+                    cores.append(math.ceil(int(quota) / int(period)))
+    return min(cores)
 
 
 def default_run(file: str) -> Path:

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import importlib.util
 import io
 import math
 import os
@@ -23,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -40,6 +39,7 @@ from model import (
     choose_device,
     cuda_graph,
     dropout_from,
+    limit_threads,
     load_checkpoint,
     load_model,
     mean_loss,
@@ -123,26 +123,76 @@ def schedule(iteration: int, args: argparse.Namespace) -> float:
 
 # ---- optimizers and teachers ---------------------------------------------------------------------
 
+MUON_MOMENTUM = 0.95
 TEACHER_SHARE = 0.9  # how much of a soft target is the teacher's
 
 
 def build_optimizers(model: GPT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Makes AdamW (Loshchilov & Hutter 2019) for all weights or, with --muon_lr, for some.
 
-    Muon (Jordan et al. 2024) then trains the matrices in the blocks. Both decay matrices only, not
-    biases and norms.
+    Muon then trains the matrices in the blocks. Both decay matrices only, not biases and norms.
+    Learning rates are tensors, so that a CUDA graph reads what they are at each replay.
     """
+    device = model.head.weight.device
+    rates = [torch.tensor(rate, device=device) for rate in (args.learning_rate, args.muon_lr)]
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2] if args.muon_lr else []
     for_adamw = [p for p in model.parameters() if all(p is not q for q in for_muon)]
     matrices = [p for p in for_adamw if p.dim() == 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": [p for p in for_adamw if p.dim() < 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2),
-                                    fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=rates[0], betas=(args.beta1, args.beta2), fused=True,
+                                    capturable=device.type == "cuda")]
     if for_muon:
-        optimizers.append(torch.optim.Muon(for_muon, lr=args.muon_lr,
-                                           weight_decay=args.weight_decay))
+        optimizers.append(Muon(for_muon, rates[1], args.weight_decay))
     return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Moves each matrix along its momentum, made orthogonal (Jordan et al. 2024).
+
+    All directions in which a matrix can change then change it alike, where the gradient would
+    change it in few. It is `torch.optim.Muon`, but takes matrices of one shape in one product, and
+    in the format that the hardware is fast in. On a processor without bfloat16, whose products
+    PyTorch makes one number at a time, that takes a twentieth of the time.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: torch.Tensor, weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = choose_dtype("auto", params[0].device)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Updates the weights by their gradients, all of which must be there."""
+        for group in self.param_groups:
+            shapes, lr = {}, group["lr"]
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), weights in shapes.items():
+                grads = [p.grad for p in weights]
+                for p in weights:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum = [self.state[p]["momentum_buffer"] for p in weights]
+                torch._foreach_lerp_(momentum, grads, 1 - MUON_MOMENTUM)
+                ahead = torch._foreach_lerp(grads, momentum, MUON_MOMENTUM)  # Nesterov's
+                updates = orthogonal(torch.stack(ahead).to(self.dtype)).float()
+                updates *= lr * math.sqrt(max(1, rows / columns))
+                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+                torch._foreach_sub_(weights, list(updates))
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Brings the singular values of each matrix near 1, none above 1.3: (N, rows, columns).
+
+    Each of five Newton-Schulz steps applies to them a polynomial that is steep at 0.
+    """
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # none of them exceeds 1 now
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
 @torch.no_grad()
@@ -161,6 +211,7 @@ def soft_targets(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor,
 # ---- training ------------------------------------------------------------------------------------
 
 CPU_TOKENS = 1024   # a core trains on at once: more take more memory and are no faster
+TELL_SECONDS = 30   # without a terminal, a line says how far training is this often
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
 
 
@@ -190,6 +241,8 @@ class Trainer:
         if args.init_std:
             self.model.init_weights(args.init_std)
         self.model.to(self.device)  # only now, so that a seed gives the same weights everywhere
+        if self.compiled:
+            self.compile_blocks()
         self.optimizers = build_optimizers(self.model, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         # All ranks draw the same batches, of which each takes its part, and dropout of their own.
@@ -201,22 +254,21 @@ class Trainer:
         self.best, self.metrics, self.grad_norm = math.inf, [], torch.tensor(math.nan)
         if last:
             self.restore(last)
-        if self.compiled:  # one block, not the whole network, as the others are like it
-            for block in self.model.blocks:
-                block.compile()
         self.step_model, self.gradients = self.model, self.plain_gradients
         if self.world_size > 1:
             self.step_model = torch.nn.parallel.DistributedDataParallel(self.model)
         elif on_cpu:
             self.threads, self.gradients = None, self.core_gradients
+        elif self.device.type == "cuda" and self.scaler.is_enabled():  # it looks at the gradients
+            self.gradients = self.recorded(self.plain_gradients)
         elif self.device.type == "cuda":
-            self.replay, self.gradients = None, self.recorded_gradients
+            self.learn = self.recorded(self.learn)
 
     def run(self) -> None:
         """Trains up to max_iters, or until a signal comes, evaluating and saving on the way."""
         args, saved, shown = self.args, time.monotonic(), 0.0
         self.started = time.monotonic() - self.seconds
-        self.mark = self.iteration, time.monotonic()
+        self.mark, self.told = (self.iteration, time.monotonic()), time.monotonic()
         self.stop = Stop()
         with tqdm(total=args.max_iters, initial=self.iteration, unit="it", dynamic_ncols=True,
                   disable=not (self.master and sys.stderr.isatty())) as bar:
@@ -248,12 +300,15 @@ class Trainer:
                     self.show(bar, loss.item())
 
     def step(self) -> torch.Tensor:
-        """Makes one iteration: a batch, its gradients, an update. Returns the loss, a scalar."""
+        """Makes one iteration: learning rates, a batch, an update. Returns the loss, a scalar."""
         for optimizer, peak in zip(self.optimizers, (self.args.learning_rate, self.args.muon_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = peak * schedule(self.iteration, self.args)
-        batch = self.batch()
-        loss = self.gradients(batch)  # one of the three ways below
+                group["lr"].fill_(peak * schedule(self.iteration, self.args))
+        return self.learn(self.batch())
+
+    def learn(self, batch: list[tuple]) -> torch.Tensor:
+        """Moves the weights against the gradients of a batch's loss, and returns that, a scalar."""
+        loss = self.gradients(batch)  # plainly, on all cores of a CPU, or recorded: see below
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
@@ -324,22 +379,43 @@ class Trainer:
         scale = self.scaler.scale(torch.ones(()))
         return self.threads.gradients(self.loss, batch, list(self.model.parameters()), scale)
 
-    def recorded_gradients(self, batch: list[tuple]) -> torch.Tensor:
-        """Does the same, recorded as a CUDA graph.
+    def recorded(self, work: Callable[[list[tuple]], torch.Tensor]) -> Callable:
+        """Returns `work`, a function of a batch, recorded as a CUDA graph when it is first called.
 
         A network this small keeps a GPU busy for less time than Python takes to start all of its
-        operations. Soft targets are large, and made one part at a time.
+        operations. Soft targets are made outside, one part at a time, as they are large.
         """
-        parts = ((idx, self.training_targets(idx, targets, teacher))
-                 for idx, targets, teacher in batch)
-        if self.replay is None:
-            self.inputs = list(parts)
-            self.replay = cuda_graph(lambda: self.plain_gradients(self.inputs))
-        else:
-            for old, new in zip(self.inputs, parts):
-                for tensor, value in zip(old, new):
-                    tensor.copy_(value)
-        return self.replay()
+        inputs, replay = [], None
+
+        def call(batch: list[tuple]) -> torch.Tensor:
+            nonlocal replay
+            parts = ((idx, self.training_targets(idx, targets, teacher))
+                     for idx, targets, teacher in batch)
+            if replay is None:
+                inputs.extend(parts)
+                with self.weights_kept():
+                    replay = cuda_graph(lambda: work(inputs))
+            else:
+                for old, new in zip(inputs, parts):
+                    for tensor, value in zip(old, new):
+                        tensor.copy_(value)
+            return replay()
+        return call
+
+    @contextlib.contextmanager
+    def weights_kept(self) -> Iterator[None]:
+        """Takes weights and optimizers back to what they were, as recording is no step."""
+        def tensors():
+            yield from self.model.parameters()
+            for optimizer in self.optimizers:
+                for moments in optimizer.state.values():
+                    yield from moments.values()
+
+        kept = {id(tensor): tensor.detach().clone() for tensor in tensors()}
+        yield
+        with torch.no_grad():
+            for tensor in tensors():
+                tensor.copy_(kept.get(id(tensor), torch.zeros_like(tensor)))  # moments begin at 0
 
     def update(self) -> None:
         """Lets the optimizers move the weights.
@@ -357,8 +433,15 @@ class Trainer:
         """Shows a loss in the progress bar. Raises ValueError if it is not a finite number."""
         if not math.isfinite(loss):
             raise ValueError(self.not_finite("the loss"))
-        bar.set_postfix_str(f"loss {loss:.3f}, best val loss {self.best:.3f}, "
-                            f"{self.tokens_per_second():,.0f} tokens/s")
+        speed = self.tokens_per_second()
+        speed_shown = f"{speed:,.0f} tokens/s"
+        bar.set_postfix_str(f"loss {loss:.3f}, best val loss {self.best:.3f}, {speed_shown}")
+        if self.master and bar.disable and time.monotonic() - self.told > TELL_SECONDS:
+            self.told = time.monotonic()
+            left = (self.args.max_iters - self.iteration) * self.args.batch_size
+            left = tqdm.format_interval(left * self.args.block_size / speed)
+            print(f"iteration {self.iteration} of {self.args.max_iters}: loss {loss:.3f}, "
+                  f"{speed_shown}, {left} left")
 
     def tokens_per_second(self) -> float:
         """Returns the speed of training since the last evaluation."""
@@ -558,8 +641,8 @@ class Trainer:
                 if moments.keys() != state["state"][0].keys():
                     raise ValueError("a moment that is missing")
             for saved, group in zip(state["param_groups"], optimizer.param_groups):
-                new = {name: group[name] for name in ("weight_decay", "betas") if name in group}
-                saved |= new  # these flags may be given anew
+                given = {name: group[name] for name in group.keys() - {"params"}}
+                saved |= given  # flags may be given anew
             optimizer.load_state_dict(state)
         if last["scaler"]:
             self.scaler.load_state_dict(last["scaler"])
@@ -609,12 +692,40 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # dropout is drawn by the current one
         self.dtype = choose_dtype(args.dtype, self.device)
-        if args.compile and self.device.type != "cuda":
+        on_gpu = self.device.type == "cuda"
+        if args.compile and not on_gpu:
             raise ValueError("--compile is for CUDA: it gains nothing elsewhere")
-        self.compiled = can_compile(self.device) if args.compile is None else args.compile
+        self.compiled = on_gpu if args.compile is None else args.compile
         if args.batch_size % self.world_size:
             raise ValueError(f"--batch_size {args.batch_size} cannot be shared out evenly: make it "
                              f"a multiple of {self.world_size} processes")
+
+    def compile_blocks(self) -> None:
+        """Compiles a block, which is like the others, by trying it; goes on without if it fails.
+
+        Raises ValueError where --compile was given.
+        """
+        for block in self.model.blocks:
+            block.compile()
+        rows = self.args.batch_size // self.world_size
+        rows = math.ceil(rows / (self.args.gradient_accumulation_steps or 1))
+        shape = rows, self.args.block_size, self.args.n_embd
+        try:
+            with self.autocast():
+                x = torch.zeros(shape, device=self.device, requires_grad=True)
+                self.model.blocks[0](x).sum().backward()
+        except Exception as error:  # no C compiler, no Triton, a GPU it does not know ...
+            if out_of_memory(error):
+                raise
+            reason = f"torch.compile failed ({type(error).__name__})"
+            if self.args.compile:
+                raise ValueError(f"{reason}: train with --no-compile") from error
+            self.compiled = False
+            for block in self.model.blocks:
+                block._compiled_call_impl = None  # what block.compile() had set
+            if self.master:
+                print(f"note: {reason}: training without it, somewhat slower")
+        self.model.zero_grad()
 
     def join_others(self) -> None:
         """Meets the other processes of torchrun, each on a GPU of its own or on the CPU."""
@@ -709,7 +820,7 @@ class Trainer:
         machine = self.device.type
         if self.world_size > 1:
             machine = f"{self.world_size} x {machine}"
-        machine += ", compiled at the first iteration" * self.compiled
+        machine += ", compiled" * self.compiled
         return (f"{sum(p.numel() for p in self.model.parameters()):,} parameters in "
                 f"{str(self.dtype)[6:]} on {machine}; {len(self.data['train']):,} tokens to train "
                 f"on, {len(self.data['val']):,} to validate on; iterations {self.iteration} to "
@@ -800,12 +911,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     # torch.cuda.is_bf16_supported() says yes on a T4, too, which emulates it slowly.
     new = torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if new else torch.float16
-
-
-def can_compile(device: torch.device) -> bool:
-    """Returns whether torch.compile is there and gains something: on a GPU that Triton knows."""
-    return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-            and importlib.util.find_spec("triton") is not None)
 
 
 def histogram(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -1050,6 +1155,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe, too
+    limit_threads()
     args, last = parse_args()
     master = int(os.environ.get("RANK", 0)) == 0
     if master and args.data_path == DEFAULT_TEXT and not DEFAULT_TEXT.exists():
@@ -1063,13 +1169,7 @@ def main() -> None:
         print(trainer.summary())
         if trainer.iteration == args.max_iters:
             print("this run is complete: a larger --max_iters goes on")
-    try:
-        trainer.run()
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        raise ValueError("torch.compile failed, as it does where there is no C compiler: train "
-                         "with --no-compile") from error
+    trainer.run()
     if master:
         print(farewell(trainer))
     if trainer.world_size > 1:
