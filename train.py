@@ -465,8 +465,8 @@ class Trainer:
         """
         args, grad_norm = self.args, self.grad_norm.item()  # waits for a GPU, so the speed is true
         speed, data = self.tokens_per_second(), self.data
-        eager = torch.compiler.set_stance("force_eager")  # compiled for training alone
-        with eager if self.compiled else contextlib.nullcontext():
+        eager = torch.compiler.set_stance if self.compiled else contextlib.nullcontext
+        with eager("force_eager"):  # compiled for training alone
             loss = {name: self.mean_loss(name) for name in ("train", "val")}
             if not math.isfinite(loss["val"]):
                 raise ValueError(self.not_finite("the validation loss"))
