@@ -16,16 +16,16 @@ LONG = ("bench.py", "train.py", "pytest", "torchrun")  # not for a test
 
 def python_commands(text):
     """The words of every command of this page that starts one of the scripts, prose included."""
-    found = re.findall(r"(?:python3?|torchrun [^`]*?) ((?:data/)?\w+\.py[^`\n&|#]*)", text)
+    found = re.findall(r"(?:python3?|torchrun [^`]*?) ((?:data/|tests/)?\w+\.py[^`\n&|#]*)", text)
     return [shlex.split(command) for command in found]
 
 
 def test_every_script_and_flag_it_names_exists():
     used = {}
     for script, *words in python_commands(TEXT):
-        key = (script, *[word for word in words[:1] if script in ("bench.py", "tokenizer.py") and not word.startswith("-")])
+        key = (script, *[word for word in words[:1] if script in ("tests/bench.py", "tokenizer.py") and not word.startswith("-")])
         used.setdefault(key, set()).update(word for word in words if word.startswith("--"))
-    assert {script for script, *_ in used} >= {"tokenizer.py", "train.py", "generate.py", "quantize.py", "plots.py", "bench.py"}
+    assert {script for script, *_ in used} >= {"tokenizer.py", "train.py", "generate.py", "quantize.py", "plots.py", "tests/bench.py"}
     for (script, *command), flags in used.items():
         process = run(script, *command, "--help")
         assert process.returncode == 0, (script, command, process.stderr)
@@ -33,7 +33,7 @@ def test_every_script_and_flag_it_names_exists():
 
 
 def test_flags_in_its_prose_belong_to_a_script():
-    scripts = [path for path in sorted(ROOT.glob("*.py"))]
+    scripts = [*sorted(ROOT.glob("*.py")), ROOT / "tests" / "bench.py"]
     known = {flag for path in scripts for flag in re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8"))}
     known |= {f"--{name}" for name in re.findall(r'flag\(\w+, "(\w+)"', (ROOT / "train.py").read_text(encoding="utf-8"))}
     foreign = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--help"}  # torchrun's, argparse's
