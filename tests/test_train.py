@@ -154,24 +154,45 @@ def test_each_part_of_a_batch_has_dropout_of_its_own():
     assert torch.equal(weight.grad, torch.full((3,), 4.0))
 
 
+def graph_stand_in(function):
+    """Does without a GPU what `cuda_graph` does: a first call for real, whose draws come again."""
+    with torch.random.fork_rng():
+        function()
+    return function
+
+
 def test_gradients_are_those_of_the_whole_batch_whichever_way_they_are_computed(
         tiny_text, tmp_path, new_trainer, monkeypatch):
-    """The mean loss of the whole batch, backwards; a CUDA graph has a stand-in."""
-    monkeypatch.setattr(script, "cuda_graph", lambda function: function)
+    monkeypatch.setattr(script, "cuda_graph", graph_stand_in)
     trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path, "--batch_size", 9,
                           "--gradient_accumulation_steps", 3, "--dtype", "float32",
                           "--dropout", 0, "--attention_dropout", 0)
-    trainer.replay = None
+    weights, recorded = list(trainer.model.parameters()), trainer.recorded(trainer.plain_gradients)
     for _ in range(2):  # a second time the graph's inputs are filled anew
         batch = trainer.batch()
         idx, targets = (torch.cat(parts) for parts in list(zip(*batch))[:2])
         expected_loss = trainer.model(idx, targets)[1]
-        expected = torch.autograd.grad(expected_loss, list(trainer.model.parameters()))
-        for gradients in (trainer.plain_gradients, trainer.core_gradients,
-                          trainer.recorded_gradients):
+        expected = torch.autograd.grad(expected_loss, weights)
+        for gradients in trainer.plain_gradients, trainer.core_gradients, recorded:
             torch.testing.assert_close(gradients(batch), expected_loss.detach())
-            for p, gradient in zip(trainer.model.parameters(), expected, strict=True):
+            for p, gradient in zip(weights, expected, strict=True):
                 torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("muon_lr", [0, 0.02])
+def test_recording_an_iteration_is_no_step(tiny_text, tmp_path, new_trainer, monkeypatch, muon_lr):
+    monkeypatch.setattr(script, "cuda_graph", graph_stand_in)
+    trainers = []
+    for record in False, True:
+        trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path,
+                              "--muon_lr", muon_lr, "--gradient_accumulation_steps", 2)
+        trainer.gradients = trainer.plain_gradients
+        if record:
+            trainer.learn = trainer.recorded(trainer.learn)
+        for trainer.iteration in range(3):
+            trainer.step()
+        trainers.append(trainer)
+    assert all(map(torch.equal, *(trainer.model.parameters() for trainer in trainers)))
 
 
 @pytest.mark.parametrize("muon_lr", [0, 0.02])  # with Muon only one optimizer may overflow
@@ -458,6 +479,20 @@ def test_a_tokenizer_of_another_size_is_refused(train, tiny_run):
 def test_compiling_is_for_cuda(train, tmp_path):
     with pytest.raises(ValueError, match="--compile is for CUDA"):
         train(tmp_path, "--compile")
+
+
+def test_where_compiling_fails_training_goes_on_unless_it_was_asked_for(
+        tiny_text, tmp_path, new_trainer, monkeypatch, capsys):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path)
+    trainer.compiled = True
+    trainer.compile_blocks()
+    assert not trainer.compiled and math.isfinite(trainer.step().item())
+    assert "note: torch.compile failed" in capsys.readouterr().out
+    trainer.args.compile = True
+    with pytest.raises(ValueError, match="torch.compile failed.*: train with --no-compile"):
+        trainer.compile_blocks()
 
 
 def test_the_networks_that_come_with_the_repository_are_never_trained_over(train):

@@ -201,13 +201,3 @@ def test_more_samples_than_the_memory_holds_are_one_line():
     using, refused = process.stderr.splitlines()
     assert process.returncode == 1 and using.startswith("using ")
     assert "not enough memory: use a smaller --num_samples" in refused
-
-
-def test_a_network_that_cannot_be_compiled_is_one_line(tiny_text, tmp_path, train_here,
-                                                       monkeypatch):
-    monkeypatch.setattr(train, "can_compile", lambda device: True)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="torch.compile failed.* with --no-compile") as error:
-        train_here(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path, "--max_iters", 1)
-    assert "\n" not in str(error.value)
