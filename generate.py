@@ -28,7 +28,10 @@ from tokenizer import (
     atomic_write,
     bounded,
     default_run,
+    note_file,
+    one_file,
     run_script,
+    text_bytes,
 )
 
 # ---- the prompt ----
@@ -37,14 +40,16 @@ from tokenizer import (
 def read_prompt(args: argparse.Namespace) -> str | bytes:
     """Returns the prompt from the command line, a file, or standard input (`-`).
 
-    Its bytes need not be text. Raises ValueError if the file cannot be read.
+    Its bytes need not be text; line ends and a byte-order mark are read as `read_text` reads them.
+    Raises ValueError if the file cannot be read.
     """
     if args.prompt_file is None:
+        note_file(args.prompt, "--prompt_file gives what the file holds")
         return args.prompt
     if str(args.prompt_file) == "-":
-        return sys.stdin.buffer.read()
+        return text_bytes(sys.stdin.buffer.read(), "standard input")
     try:
-        return args.prompt_file.read_bytes()
+        return text_bytes(args.prompt_file.read_bytes(), args.prompt_file)
     except OSError as error:
         reason = f"cannot read --prompt_file {args.prompt_file}: {error.strerror}"
         raise ValueError(reason) from error
@@ -144,7 +149,7 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="\n", help="text to continue (default: a line end)")
-    prompt.add_argument("--prompt_file", type=Path,
+    prompt.add_argument("--prompt_file", type=one_file,
                         help="file with the text to continue; - for standard input")
     parser.add_argument("--max_new_tokens", type=bounded(int, 1), default=500, metavar="N",
                         help="tokens to sample (default: 500)")
@@ -162,7 +167,7 @@ def parse_args() -> argparse.Namespace:
                         help="same seed, same text (default: another each time)")
     parser.add_argument("--out_dir", type=Path, help="folder of the run "
                         "(default: checkpoints/, or the pretrained network's if it holds none)")
-    parser.add_argument("--checkpoint", type=Path,
+    parser.add_argument("--checkpoint", type=one_file,
                         help="weights to use, float or int8 (default: model.pt in --out_dir)")
     parser.add_argument("--out", type=Path, help="file to write to (default: the terminal)")
     parser.add_argument("--device", default="auto",

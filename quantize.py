@@ -30,7 +30,15 @@ from model import (
     split,
     tile_starts,
 )
-from tokenizer import DEFAULT_TEXT, TEMPERATURE, BasicTokenizer, default_run, read_text, run_script
+from tokenizer import (
+    DEFAULT_TEXT,
+    TEMPERATURE,
+    BasicTokenizer,
+    default_run,
+    one_file,
+    read_text,
+    run_script,
+)
 
 # what an int8 checkpoint keeps of the float one
 KEPT = "config", "tokenizer", "text", "iteration", "train_loss", "val_loss", "val_nats_per_char"
@@ -102,7 +110,7 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, help="folder of the run "
                         "(default: checkpoints/, or the pretrained network's if it holds none)")
-    parser.add_argument("--checkpoint", type=Path,
+    parser.add_argument("--checkpoint", type=one_file,
                         help="weights to quantize (default: model.pt in --out_dir)")
     parser.add_argument("--out", type=Path,
                         help="file to write (default: model_int8.pt in --out_dir)")

@@ -12,11 +12,17 @@ does the same slowly, in 50 lines: read it first.
 """
 import argparse
 import codecs
+import functools
+import glob
 import hashlib
 import math
+import operator
 import os
 import pickle
 import pickletools
+import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -311,9 +317,18 @@ class BasicTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Returns the bytes of token ids. Raises ValueError for an id that there is not."""
+        """Returns the bytes of token ids: a list, an array or a tensor, (T,) or (1, T).
+
+        Raises ValueError for an id that there is not, and for several rows of ids.
+        """
+        if hasattr(ids, "tolist"):
+            ids = ids.tolist()
+        if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
+            ids = ids[0]
         try:
-            return b"".join([self.vocab[token] for token in ids])
+            return b"".join([self.vocab[token] for token in map(operator.index, ids)])
+        except TypeError as error:
+            raise ValueError(f"these are not the ids of one text: {error}") from None
         except KeyError as error:
             raise ValueError(f"there is no token {error}: "
                              f"the ids are 0 to {self.vocab_size - 1}") from None
@@ -344,7 +359,6 @@ def to_bytes(text: str | bytes) -> bytes:
 
 MERGES_FILE, VOCAB_FILE, WAITING_FILE = "merges.pkl", "vocab.pkl", ".merges.pkl.new"
 MAX_BYTES = 1 << 26  # limit for a file, and for all tokens: they must not fill the memory
-REMEDY = "run python tokenizer.py train"
 PICKLED_VALUES = {"INT", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES"}
 PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "STOP",
                     "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
@@ -376,14 +390,14 @@ def load_pair(folder: Path) -> tuple[Merges, Vocab, Path]:
     merges_path, vocab_path = folder / MERGES_FILE, folder / VOCAB_FILE
     paths = [merges_path, folder / WAITING_FILE, merges_path]  # again, as a save may end meanwhile
     if not vocab_path.exists() or not any(path.exists() for path in paths):
-        raise ValueError(f"there is no tokenizer in {folder}: {REMEDY}")
+        raise ValueError(f"there is no tokenizer in {folder}: {remedy(folder)}")
     for path in paths:
         if path.exists():
             merges = read_merges(path)
             vocab = spell(merges)
             if vocab == read_pickle(vocab_path):
                 return merges, vocab, path
-    raise ValueError(f"{vocab_path} is not what {merges_path} spells: {REMEDY}")
+    raise ValueError(f"{vocab_path} is not what {merges_path} spells: {remedy(folder)}")
 
 
 def spell(merges: Merges) -> Vocab:
@@ -437,7 +451,15 @@ def read_pickle(path: Path) -> dict:
 
 def invalid(path: Path, reason: object) -> ValueError:
     """Makes the error for a file that is no tokenizer's."""
-    return ValueError(f"{path} is no tokenizer file ({reason!s:.120}): {REMEDY}")
+    return ValueError(f"{path} is no tokenizer file ({reason!s:.120}): {remedy(path.parent)}")
+
+
+def remedy(folder: Path) -> str:
+    """Says how to come by a tokenizer: a network in the folder needs that of its own run."""
+    if any(folder.glob("*.pt")):
+        return ("copy merges.pkl and vocab.pkl there from the folder of the network's run, "
+                "or name that with --out_dir")
+    return "run python tokenizer.py train"
 
 
 # ---- commands ----
@@ -499,7 +521,10 @@ def vocab_command(args: argparse.Namespace) -> None:
 
 def given_text(args: argparse.Namespace) -> bytes:
     """Returns the text on the command line or, without one, standard input."""
-    return sys.stdin.buffer.read() if args.text is None else to_bytes(args.text)
+    if args.text is None:
+        return sys.stdin.buffer.read()
+    note_file(args.text, "put < before it to give what the file holds")
+    return to_bytes(args.text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -638,34 +663,6 @@ def default_run(file: str) -> Path:
     return folders[0] if folders else CHECKPOINTS
 
 
-def read_text(path: str | Path) -> str:
-    """Returns the text of a UTF-8 file without a byte-order mark; line ends stay as they are.
-
-    Raises ValueError if it is missing, unreadable, empty, binary, or in another encoding.
-    """
-    path, remedy = Path(path), "pass a text with --data_path"
-    if not path.exists():
-        raise ValueError(f"there is no text at {path}: run python data/prepare.py, or {remedy}")
-    try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
-    if not data:
-        raise ValueError(f"{path} is empty: {remedy}")
-    zeros, at_even_places = data.count(0, 0, 1 << 16), data[:1 << 16:2].count(0)
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if utf16 or zeros > 99 and at_even_places in (0, zeros):
-        raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8")
-    if 0 in data:
-        raise ValueError(f"{path} is binary (byte {data.index(0)} is zero): {remedy}")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
-        raise ValueError(f"{path} is not UTF-8 ({byte}), but Latin-1 perhaps: "
-                         "convert it with iconv -f LATIN1 -t UTF-8") from error
-
-
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a binary file that takes the place of `path` when it is complete, and not before.
@@ -706,6 +703,147 @@ def visible(token: bytes) -> str:
     """Spells the bytes of a token in printable characters: b"a\\n\\xff" -> 'a\\\\n\\\\xff'."""
     text = token.decode("utf-8", errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- what all scripts share: reading texts ----
+
+ENCODINGS = [  # in the order tried: name, signs of its languages, their share of all non-ASCII ones
+    ("Shift_JIS", "[ぁ-ヿ]", 0.3), ("EUC-JP", "[ぁ-ヿ]", 0.3), ("EUC-KR", "[가-힣]", 0.7),
+    ("GBK", "[的一是不了在人有我他之也其而以]", 0.05),
+    ("Big5", "[的一是不了在人有我他之也其而以]", 0.05),
+    ("Windows-1251", "(?<=[а-я])[аеиностё]", 0.3), ("KOI8-R", "(?<=[а-я])[аеиностё]", 0.3),
+    ("Windows-1252", "(?<![ß-ÿ])[À-ÂÄ-ÏÑ-ÔÖÙ-Üß-ïñ-öø-üœ«»‘’“”–—…°£§]{1,2}(?![ß-ÿ])", 0.9)]
+SAMPLE = 1 << 16  # bytes that are enough to tell an encoding
+
+
+def read_text(path: str | Path) -> str:
+    """Returns the text of a UTF-8 file, read as Python's text mode reads it, see `text_bytes`.
+
+    Raises ValueError if it is missing, unreadable, empty, binary, or in another encoding.
+    """
+    pattern, remedy = Path(path), "pass a text with --data_path"
+    path, *others = matching(str(path))
+    if others:
+        raise ValueError(f"{pattern} stands for {len(others) + 1} files: {together(pattern)}")
+    if path.is_dir():
+        texts = path / ("*.txt" if any(path.glob("*.txt")) else "*")
+        raise ValueError(f"cannot read {path}: Is a directory; {together(texts)}")
+    if not path.exists():
+        raise ValueError(f"there is no text at {path}: run python data/prepare.py, or {remedy}")
+    try:
+        data = text_bytes(path.read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
+    if not data:
+        raise ValueError(f"{path} is empty: {remedy}")
+    if 0 in data:
+        raise ValueError(f"{path} is binary (byte {data.index(0)} is zero): {remedy}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} {not_utf8(data, error, path)}") from error
+
+
+def text_bytes(data: bytes, path: str | Path) -> bytes:
+    """Returns the bytes of a file without a byte-order mark, and each CRLF or CR as a line feed.
+
+    Says so in a line, as what is written may not be what was read. Raises ValueError for UTF-16.
+    """
+    zeros, at_even_places = data.count(0, 0, SAMPLE), data[:SAMPLE:2].count(0)
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if marked or zeros > 99 and at_even_places in (0, zeros):
+        encoding = "UTF-16" if marked else "UTF-16BE" if at_even_places else "UTF-16LE"
+        raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with {convert(path, encoding)}")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if b"\r" in data:
+        note(f"{path} has CRLF or CR line ends, which are read as \\n")
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return data
+
+
+def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path) -> str:
+    """Says why bytes are not UTF-8, as far as there is evidence, and what helps."""
+    bad = sum(map(len, re.findall("[\udc80-\udcff]+", data.decode("utf-8", "surrogateescape"))))
+    good = len(data.translate(None, bytes(range(128)))) - bad  # bytes of characters beyond ASCII
+    cut = error.end == len(data) and error.reason == "unexpected end of data"
+    encoding = None if good > 4 * bad or good and cut else other_encoding(data)
+    if encoding and (bad > 2 or 100 * bad > len(data)):
+        return f"is not UTF-8 but {encoding}, it seems: convert it with {convert(path, encoding)}"
+    place = f"byte 0x{data[error.start]:02x} on line {data.count(10, 0, error.start) + 1}"
+    drop = f"drop what is amiss with {convert(path, 'UTF-8', drop=True)}"
+    if cut:
+        return f"is not UTF-8 at its end, in the middle of a character: {drop}"
+    if bad == 1:
+        return f"is not UTF-8 in one place ({place}): {drop}"
+    if 100 * bad <= good or 1000 * bad <= len(data):
+        return f"is not UTF-8 in {bad} bytes (first {place}): {drop}"
+    return f"is not UTF-8 ({place}): find out its encoding, and save it as UTF-8 in an editor"
+
+
+def other_encoding(data: bytes) -> str | None:
+    """Names the encoding, if any, in which bytes read like a language, where they are not ASCII."""
+    start = data.rfind(b"\n", 0, re.search(b"[\x80-\xff]", data).start()) + 1  # of that line
+    for name, signs, share in ENCODINGS:
+        with suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(name)().decode(data[start:start + SAMPLE])
+            if sum(map(len, re.findall(signs, text))) > share * sum(c > "\x7f" for c in text):
+                return name
+    return None
+
+
+def convert(path: str | Path, encoding: str, drop: bool = False) -> str:
+    """Returns the command that writes a text anew in UTF-8, without what is amiss if `drop`."""
+    if not os.path.exists(path):  # standard input
+        return f"iconv -f {encoding} -t UTF-8"
+    new = f"{Path(path).stem}-utf8.txt"
+    if shutil.which("iconv"):
+        return (f"iconv {'-c ' * drop}-f {encoding} -t UTF-8 {shlex.quote(str(path))} "
+                f"> {shlex.quote(new)}")
+    errors = ", errors='ignore'" * drop
+    return (f"python -c \"open({new!r}, 'w', encoding='utf-8').write("
+            f"open({str(path)!r}, encoding={encoding!r}{errors}).read())\"")
+
+
+def together(pattern: Path) -> str:
+    """Says how to make one text of all files that a pattern, books/*.txt say, stands for."""
+    folder = pattern.parent.resolve()
+    old, new = str(pattern.parent), str(folder.parent / f"{folder.name or 'all'}.txt")
+    command = f"cat {shlex.quote(old)}/{pattern.name} > {shlex.quote(new)}"
+    if os.name == "nt":
+        texts = f"[p.read_bytes() for p in Path({old!r}).glob({pattern.name!r})]"
+        command = ("python -c \"from pathlib import Path; "
+                   f"Path({new!r}).write_bytes(b''.join({texts}))\"")
+    return f"put its texts into one file with {command}"
+
+
+def matching(pattern: str) -> list[Path]:
+    """Returns the files that a pattern stands for, as Windows' shells leave that to programs.
+
+    What is no pattern, or matches nothing, stands for itself.
+    """
+    files = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    return [Path(file) for file in files or [pattern]]
+
+
+def one_file(text: str) -> Path:
+    """Is a `type` for argparse: a path, which may be a pattern that one file alone matches."""
+    files = matching(text)
+    if len(files) > 1:
+        raise argparse.ArgumentTypeError(f"{text} stands for {len(files)} files: name one")
+    return files[0]
+
+
+def note_file(text: str, remedy: str) -> None:
+    """Prints a note where a text given is the name of a file, whose contents may be meant."""
+    if os.path.isfile(text):
+        note(f"{text} is a file's name, taken as the text itself: {remedy}")
+
+
+@functools.cache
+def note(line: str) -> None:
+    """Prints a line on standard error, but once, and from one alone of torchrun's processes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ from tokenizer import (
     BasicTokenizer,
     atomic_write,
     bounded,
+    matching,
     out_of_memory,
     read_text,
     run_script,
@@ -1142,6 +1143,7 @@ def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None,
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with a usage error where flags do not go together."""
+    args.teacher = [str(path) for pattern in args.teacher for path in matching(pattern)]
     for path in map(Path, args.teacher):
         if not path.is_file():
             parser.error(f"no file at --teacher {path}: name the model.pt of an earlier run")

@@ -169,6 +169,29 @@ def test_a_prompt_from_a_file_and_from_standard_input(finished_run, tmp_path):
     assert given.stdout == from_file.stdout == piped.stdout
 
 
+def test_a_prompt_file_is_read_like_a_text(finished_run, tmp_path, monkeypatch, capsys):
+    def sampled(*flags):
+        monkeypatch.setattr(sys, "argv", [
+            "generate.py", "--out_dir", str(finished_run), "--out", str(tmp_path / "out"),
+            "--device", "cpu", "--seed", "1", "--max_new_tokens", "5", *map(str, flags)])
+        main()
+        return (tmp_path / "out").read_bytes(), capsys.readouterr().err
+
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfROMEO:\r\nspeak\r")
+    (tmp_path / "saved.txt").write_bytes("ROMEO:".encode("utf-16"))
+    monkeypatch.chdir(tmp_path)
+    text, notes = sampled("--prompt_file", "pro*.txt")
+    assert text == sampled("--prompt", "ROMEO:\nspeak\n")[0]
+    assert "note: prompt.txt has CRLF or CR line ends" in notes
+    text, notes = sampled("--prompt", "prompt.txt")
+    assert text.startswith(b"prompt.txt") and "note: prompt.txt is a file's name" in notes
+    with pytest.raises(ValueError, match="saved.txt is UTF-16, not UTF-8: convert it with"):
+        sampled("--prompt_file", "saved.txt")
+    with pytest.raises(SystemExit):
+        sampled("--prompt_file", "*.txt")
+    assert "*.txt stands for 2 files: name one" in capsys.readouterr().err
+
+
 def test_out_writes_the_text_to_a_file(finished_run, tmp_path):
     flags, path = ["--seed", 1, "--max_new_tokens", 10], tmp_path / "text.txt"
     text = generate(finished_run, *flags).stdout
@@ -237,7 +260,7 @@ def test_what_is_missing_or_wrong_is_named(tiny_run, tmp_path):
                   ["--out_dir", tmp_path], ["--checkpoint", tmp_path / "none.pt"]):
         assert "no checkpoint at" in complaint(run("generate.py", *flags))
     (tmp_path / "model.pt").write_bytes((tiny_run / "model.pt").read_bytes())
-    assert "there is no tokenizer in" in complaint(run("generate.py", "--out_dir", tmp_path))
+    assert "copy merges.pkl and vocab.pkl" in complaint(run("generate.py", "--out_dir", tmp_path))
     assert "prompt.txt" in complaint(generate(tiny_run, "--prompt_file", tmp_path / "prompt.txt"))
     assert "--device" in complaint(generate(tiny_run, "--device", "tpu"))
     (tiny_run / "model.pt").write_bytes(b"not a checkpoint")

@@ -217,7 +217,7 @@ def test_bpe_dropout_leaves_out_the_share_of_merges_it_is_given():
 def small(tmp_path):
     """A tokenizer of 260 tokens, its text and its files."""
     path = tmp_path / "text.txt"
-    path.write_bytes("the thing, the théâtre\r\n".encode() * 9)
+    path.write_bytes("the thing, the théâtre\n".encode() * 9)
     return BasicTokenizer(path, 260, out_dir=tmp_path)
 
 
@@ -294,9 +294,22 @@ def test_decode_names_an_unknown_id(small):
             small.decode([65, token])
 
 
-def test_decode_takes_arrays_and_replaces_what_is_not_utf8(small):
-    assert small.decode(np.array([65, 195, 66])) == "A\ufffdB"
+def test_decode_replaces_what_is_not_utf8(small):
+    assert small.decode([65, 195, 66]) == "A\ufffdB"
     assert small.decode_bytes([65, 195, 66]) == b"A\xc3B"
+
+
+def test_decode_takes_ids_as_the_network_returns_them(small):
+    torch = pytest.importorskip("torch")
+    ids = small.encode("the thing")
+    for form in (ids, tuple(ids), iter(ids), np.array(ids), np.array([ids]), np.array(ids, "u2"),
+                 torch.tensor(ids), torch.tensor([ids]), [*torch.tensor(ids)],
+                 [token[None] for token in torch.tensor(ids)], [*np.array(ids)]):
+        assert small.decode(form) == "the thing"
+    assert small.decode(torch.empty(0, dtype=torch.int64)) == small.decode([]) == ""
+    for form in torch.tensor([ids, ids]), [ids, ids], [torch.tensor(ids)], ["65"], [65.0], 65:
+        with pytest.raises(ValueError, match="not the ids of one text"):
+            small.decode(form)
 
 
 def test_surrogates_do_not_crash(small):
@@ -311,11 +324,6 @@ def test_surrogates_do_not_crash(small):
 @pytest.mark.parametrize("data, message", [
     (b"", "is empty: pass a text with --data_path"),
     (b"\xef\xbb\xbf", "is empty"),
-    ("déjà vu".encode("latin-1"),
-     r"is not UTF-8 \(byte 1 is 0xe9\), but Latin-1 perhaps: .* iconv -f LATIN1"),
-    ("ROMEO".encode("utf-16"), "is UTF-16, not UTF-8: convert it with iconv -f UTF-16"),
-    (("ROMEO " * 99).encode("utf-16-le"), "is UTF-16"),
-    (("ROMEO " * 99).encode("utf-16-be"), "is UTF-16"),
     (b"\x7fELF\x02\x00\x00", r"is binary \(byte 5 is zero\)"),
     (bytes(range(256)) * 9, "is binary"),
 ])
@@ -326,16 +334,124 @@ def test_what_is_no_text(tmp_path, data, message):
         read_text(path)
 
 
-def test_no_file_and_a_folder(tmp_path):
+TEXTS = {  # encodings, and a text to be told by
+    "UTF-16 UTF-16LE UTF-16BE": "Was it a car or a cat I saw? " * 9,
+    "GBK": "话说天下大势，分久必合，合久必分。他说这是他最喜欢的地方，也是我们的。\n",
+    "Big5": "話說天下大勢，分久必合，合久必分。他說這是他最喜歡的地方，也是我們的。\n",
+    "Shift_JIS EUC-JP": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
+    "EUC-KR": "나는 오늘 아침에 일찍 일어나서 학교에 갔습니다. 날씨가 매우 좋았다.\n",
+    "Windows-1251 KOI8-R": "Все счастливые семьи похожи друг на друга.\n",
+    "Windows-1252": "Größe, Übermut und Füße; l’été, créée à Noël « là-bas » – où ?\n",
+    "": "Στην αρχή ήταν ο λόγος, και ο λόγος ήταν προς τον Θεόν.\n",
+}
+
+
+@pytest.mark.parametrize("text, encoding", [(text, encoding) for encodings, text in TEXTS.items()
+                                            for encoding in encodings.split(" ")])
+@pytest.mark.parametrize("iconv", [True, False], ids=["iconv", "python"])
+def test_an_encoding_is_named_where_it_shows_and_its_command_converts(
+        tmp_path, monkeypatch, text, encoding, iconv):
+    path, old_which = tmp_path / "my text.txt", shutil.which
+    if iconv and not shutil.which("iconv"):
+        pytest.skip("no iconv here")
+    monkeypatch.setattr(shutil, "which", lambda name: iconv and old_which(name))
+    path.write_bytes(text.encode(encoding or "Windows-1253"))
+    with pytest.raises(ValueError) as error:
+        read_text(path)
+    if not encoding:
+        assert "find out its encoding" in str(error.value)
+        return
+    named = "UTF-16, not UTF-8" if "UTF-16" in encoding else f"not UTF-8 but {encoding}, it seems"
+    assert f"my text.txt is {named}: " in str(error.value)
+    command = str(error.value).split("convert it with ")[1].replace("python", sys.executable)
+    assert ("iconv -f" in command) == iconv
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert read_text(tmp_path / "my text-utf8.txt") == text
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda data: data[:-2], "is not UTF-8 at its end, in the middle of a character"),
+    (lambda data: b"x" * 99 + b"\xc3", "is not UTF-8 at its end"),
+    (lambda data: b"caf\xc3\xa9 \xc3", "is not UTF-8 at its end"),
+    (lambda data: data[:2000] + b"\xff" + data[2000:], r"in one place \(byte 0xff on line 54\)"),
+    (lambda data: b"x" * 9 + b"\n" + b"\xe9" + b"x" * 999, r"in one place \(byte 0xe9 on line 2\)"),
+    (lambda data: b"\x80" + data + b"\x80" + data, r"in 2 bytes \(first byte 0x80 on line 1\)"),
+])
+@pytest.mark.parametrize("iconv", [True, False], ids=["iconv", "python"])
+def test_a_text_that_is_nearly_utf8_is_told_what_is_amiss_and_how_to_drop_it(
+        tmp_path, monkeypatch, change, message, iconv):
+    data = change(("théâtre, 你好, \U0001F600\n" * 5 + "x" * 99 + "\n" + "\u2014").encode() * 9)
+    path, old_which = tmp_path / "my text.txt", shutil.which
+    if iconv and not shutil.which("iconv"):
+        pytest.skip("no iconv here")
+    monkeypatch.setattr(shutil, "which", lambda name: iconv and old_which(name))
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        read_text(path)
+    command = str(error.value).split("drop what is amiss with ")[1]
+    subprocess.run(command.replace("python", sys.executable), shell=True, cwd=tmp_path)
+    assert read_text(tmp_path / "my text-utf8.txt") == data.decode(errors="ignore")
+
+
+def test_a_text_half_in_utf8_gets_no_harmful_advice(tmp_path):
+    (tmp_path / "mixed").write_bytes("été\n".encode() * 99 + "été\n".encode("latin-1") * 99)
+    with pytest.raises(ValueError, match=r"is not UTF-8 \(byte 0xe9 on line 100\): find out"):
+        read_text(tmp_path / "mixed")
+    (tmp_path / "mixed").write_bytes("été\n".encode("latin-1") * 99 + "été\n".encode() * 99)
+    with pytest.raises(ValueError, match=r"is not UTF-8 \(byte 0xe9 on line 1\): find out"):
+        read_text(tmp_path / "mixed")
+
+
+def test_no_file(tmp_path):
     with pytest.raises(ValueError, match="no text at .*none.txt: run python data/prepare.py, or"):
         read_text(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match="cannot read .*: Is a directory"):
-        read_text(tmp_path)
 
 
-def test_a_byte_order_mark_goes_and_line_ends_stay(tmp_path):
-    (tmp_path / "input.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
-    assert read_text(tmp_path / "input.txt") == "a\r\nb\n"
+@pytest.mark.parametrize("given", ["books", "books/*.txt", "books/", "bo*/?.txt"])
+def test_of_several_texts_it_says_how_to_make_one(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    for name in "one", "two":
+        (tmp_path / "books" / f"{name[0]}.txt").write_text(f"{name}\n")
+    with pytest.raises(ValueError, match="Is a directory|stands for 2 files") as error:
+        read_text(given)
+    if os.name == "posix" and given != "bo*/?.txt":
+        subprocess.run(str(error.value).split("into one file with ")[1], shell=True, check=True)
+        assert read_text("books.txt") == "one\ntwo\n"
+
+
+def test_a_pattern_that_one_text_matches_is_that_text(tmp_path):
+    (tmp_path / "one.txt").write_text("one")
+    assert read_text(tmp_path / "*.txt") == "one"
+    (tmp_path / "*.txt").write_text("named so")
+    assert read_text(tmp_path / "*.txt") == "named so"
+
+
+def test_texts_are_read_as_python_reads_them(tmp_path, capsys):
+    path = tmp_path / "input.txt"
+    for data in b"\xef\xbb\xbfa\r\nb\n", b"a\rb\r\n\r\r\n\n\rc\r", "é\r\n\u2028\x85".encode():
+        path.write_bytes(data)
+        assert read_text(path) == read_text(path) == path.read_text("utf-8-sig")
+    line = f"note: {path} has CRLF or CR line ends, which are read as \\n\n"
+    assert capsys.readouterr().err == line
+    path.write_bytes(b"a\nb\n")
+    assert read_text(path) == "a\nb\n" and capsys.readouterr().err == ""
+
+
+def test_a_note_comes_from_one_of_several_processes_alone(monkeypatch, capsys):
+    for rank, line in ("1", ""), ("0", "note: the file\n"):
+        monkeypatch.setenv("RANK", rank)
+        tok.note.cache_clear()
+        tok.note("the file")
+        assert capsys.readouterr().err == line
+
+
+def test_the_name_of_a_file_given_as_a_text_is_noted(small):
+    shown = run("encode", "text.txt", "--out_dir", ".", cwd=small.out_dir)
+    assert shown.stdout.split() == [b"%d" % token for token in small.encode_array("text.txt")]
+    note, ratio = shown.stderr.decode().splitlines()
+    assert note.startswith("note: text.txt is a file's name") and "put < before it" in note
+    assert run("show", "the text", "--out_dir", ".", cwd=small.out_dir).stderr == b""
 
 
 # ---- hostile and damaged files ----
@@ -430,6 +546,10 @@ def test_oversized_missing_and_folders(tmp_path, name):
         load_pair(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="there is no tokenizer in .*: run python tokenizer.py"):
+        load_pair(tmp_path)
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(ValueError, match="there is no tokenizer in .*: copy merges.pkl and vocab."
+                       "pkl there from the folder of the network's run, or name that with --out_"):
         load_pair(tmp_path)
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=f"cannot read .*{name}"):

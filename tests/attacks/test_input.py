@@ -32,12 +32,13 @@ def encoded(codec):
     (lambda text: text.replace(b"\n", b"\0"), "text.txt is binary"),
     (encoded("utf-16"), "text.txt is UTF-16, not UTF-8"),
     (encoded("utf-16-be"), "text.txt is UTF-16, not UTF-8"),
-    (encoded("latin-1"), "text.txt is not UTF-8 .*Latin-1"),
-    (lambda text: text[:-1] + b"\xc3", "text.txt is not UTF-8"),
+    (encoded("latin-1"), "text.txt is not UTF-8 but Windows-1252"),
+    (lambda text: text[:-1] + b"\xc3", "text.txt is not UTF-8 at its end"),
+    (lambda text: text[:9999] + b"\xff" + text[9999:], "text.txt is not UTF-8 in one place"),
     (lambda text: b"x", "too short"), (lambda text: text[:160], "smaller --block_size"),
     (lambda text: b"a" * 300, "vocab_size can be")],
     ids=["BOM and CRLF", "empty", "NUL", "UTF-16", "UTF-16-BE", "Latin-1", "cut in a character",
-         "one character", "short", "one letter"])
+         "a bad byte", "one character", "short", "one letter"])
 def test_texts_of_every_kind_are_trained_on_or_named(tiny_text, tmp_path, train_here, change,
                                                      message):
     path, out = tmp_path / "text.txt", tmp_path / "run"
@@ -45,7 +46,7 @@ def test_texts_of_every_kind_are_trained_on_or_named(tiny_text, tmp_path, train_
     flags = [*TINY, "--data_path", path, "--out_dir", out, "--max_iters", 1]
     if message is None:
         train_here(*flags)
-        assert b"\r\n" in BasicTokenizer(out_dir=out).decode_bytes(range(300))
+        assert b"\r" not in BasicTokenizer(out_dir=out).decode_bytes(range(256, 300))
     else:
         with pytest.raises(ValueError, match=message) as error:
             train_here(*flags)
@@ -90,14 +91,15 @@ def test_3000_random_texts_come_back_byte_for_byte(quantized_run):
 @attack
 @pytest.mark.parametrize("content", [
     b"NUL \0 and \0\0", b"\xef\xbb\xbfBOM\r\nCRLF\r\n", "caf\xe9".encode("latin-1"),
-    "UTF-16".encode("utf-16"), b"\xff" * 100, b"10 MB \xf0\x9f\x98\x80\n" * 870_000],
-    ids=["NUL", "BOM", "Latin-1", "UTF-16", "0xFF", "10 MB"])
+    b"\xff" * 100, b"10 MB \xf0\x9f\x98\x80\n" * 870_000],
+    ids=["NUL", "BOM and CRLF", "Latin-1", "0xFF", "10 MB"])
 def test_prompt_files_of_any_bytes_are_continued(finished_run, tmp_path, content):
     (tmp_path / "prompt").write_bytes(content)
     process = run("generate.py", "--out_dir", finished_run, "--max_new_tokens", 5,
                   "--device", "cpu", "--prompt_file", tmp_path / "prompt", text=False)
     assert process.returncode == 0 and b"5 tokens in" in process.stderr, process.stderr
-    assert process.stdout.startswith(content.decode(errors="replace").rstrip("\ufffd").encode())
+    text = content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").rstrip("\ufffd")
+    assert process.stdout.startswith(text.encode())
 
 
 @pytest.mark.parametrize("ids", [["72, 105"], ["[72, 105]"], ["72,105"], ["[72,", "105]"],
