@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -437,6 +438,68 @@ def test_a_gpu_is_chosen_with_its_number(monkeypatch):
     for name in "cuda:", "cuda:2", "tpu", "cpu:", "cpu:x":
         with pytest.raises(ValueError, match=f"--device {name}: not on this machine, which has"):
             choose_device(name)
+
+
+def test_a_gpu_that_pytorch_has_no_kernels_for_counts_as_absent(monkeypatch, capsys):
+    def no_kernels(*shape, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Tesla P100")
+    monkeypatch.setattr(torch, "ones", no_kernels)
+    assert choose_device("auto").type != "cuda"
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and "cannot use Tesla P100" in told[0]
+    with pytest.raises(ValueError, match="--device cuda: not on this machine"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("message", ["operation not permitted when stream is capturing",
+                                     "CUDA out of memory"])
+def test_where_recording_a_graph_fails_it_goes_on_without(monkeypatch, capsys, message):
+    def fail(graph, stream):
+        raise RuntimeError(message)
+
+    stream = MagicMock()
+    for name in "Stream", "current_stream", "stream":
+        monkeypatch.setattr(torch.cuda, name, lambda *args: stream)
+    for name in "CUDAGraph", "current_device":
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: stream)
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    calls = []
+    if "memory" in message:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model_module.cuda_graph(lambda: calls.append(1))
+        return
+    replay = model_module.cuda_graph(lambda: calls.append(1) or len(calls))
+    assert replay() == 2 and replay() == 3  # after the call that libraries set themselves up in
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and f"no CUDA graphs here ({message})" in told[0]
+
+
+def test_threads_are_no_more_than_the_cores_that_may_be_used(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(model_module, "usable_cores", lambda: 1)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")  # a user's own choice
+        torch.set_num_threads(2)
+        model_module.limit_threads()
+        assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        model_module.limit_threads()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_pytorch_too_old_is_told_in_one_line():
+    program = "import torch; torch.__version__ = '2.8.1'; import model"
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
+                             text=True)
+    assert process.returncode == 1
+    assert process.stderr == "PyTorch 2.8.1 is too old: pip install -r requirements.txt\n"
 
 
 # ---- checkpoints ----

@@ -29,6 +29,7 @@ from tokenizer import (
     read_text,
     save_pair,
     spell,
+    usable_cores,
 )
 
 SENTENCE = "Hi, My name is Toufik"
@@ -875,3 +876,20 @@ def test_bounds_refuse_the_rest_and_say_what_they_are(kind, minimum, below, text
     with pytest.raises(argparse.ArgumentTypeError) as error:
         tok.bounded(kind, minimum, below)(text)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("line, files, cores", [
+    ("0::/job", {"job/cpu.max": "150000 100000"}, 2),
+    ("0::/job", {"job/cpu.max": "max 100000", "cpu.max": "100000 100000"}, 1),
+    ("0::/job", {"job/cpu.max": "max 100000"}, 7),
+    ("4:cpu,cpuacct:/job", {"cpu,cpuacct/job/cpu.cfs_quota_us": "300000",
+                            "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}, 3),
+    ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 7),
+    ("5:memory:/job", {"job/cpu.max": "100000 100000"}, 7)])
+def test_usable_cores_follow_affinity_and_quota(tmp_path, monkeypatch, line, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
+    (tmp_path / "own").write_text(line + "\n")
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text + "\n")
+    assert usable_cores(tmp_path / "own", tmp_path / "root") == cores

@@ -2,6 +2,7 @@
 import errno
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -210,6 +211,85 @@ def test_a_gradient_that_overflows_float16_is_skipped_and_the_scale_halved(
             skipped, scale = skipped + 1, trainer.scaler.get_scale()
     assert skipped > 5 and not all(map(torch.equal, before, trainer.model.parameters()))
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("flags", [[], ["--preset", "fast"]], ids=["adamw", "muon"])
+def test_recording_an_iteration_is_no_step(tiny_text, tmp_path, new_trainer, monkeypatch, flags):
+    """A graph's stand-in calls the work once for nothing, as recording does."""
+    def recorded_for_nothing(work):
+        work()
+        return work
+
+    monkeypatch.setattr(script, "cuda_graph", recorded_for_nothing)
+    weights = []
+    for recorded in False, True:
+        trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path, *flags,
+                              "--dropout", 0, "--attention_dropout", 0, "--dtype", "float32")
+        trainer.gradients = trainer.plain_gradients
+        if recorded:
+            trainer.learn = trainer.recorded(trainer.learn)
+        for trainer.iteration in range(3):
+            trainer.step()
+        weights.append([p.detach() for p in trainer.model.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+# ---- optimizers ----
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_muon_is_that_of_pytorch_up_to_rounding(small, dtype, monkeypatch):
+    monkeypatch.setattr(script, "choose_dtype", lambda name, device: dtype)
+    matrices = [p for p in small.blocks.parameters() if p.dim() == 2]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in matrices]
+    before = [p.detach().clone() for p in matrices]
+    optimizers = [script.Muon(matrices, torch.tensor(0.02), 0.4),
+                  torch.optim.Muon(theirs, 0.02, 0.4)]
+    for step in range(3):
+        torch.manual_seed(step)
+        for p, q in zip(matrices, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, first in zip(matrices, theirs, before):
+        tolerance = 1e-5 if dtype == torch.bfloat16 else 0.03  # PyTorch's computes in bfloat16
+        assert (p - q).norm() < tolerance * (q - first).norm()
+
+
+def test_what_muon_makes_orthogonal_has_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in (3, 40, 30), (3, 30, 40), (1, 8, 8):
+        values = torch.linalg.svdvals(script.orthogonal(torch.randn(shape)))
+        assert values.max() < 1.3 and values.median() > 0.6
+
+
+def test_muon_computes_in_the_format_the_hardware_is_fast_in(small, monkeypatch):
+    matrices = [p for p in small.blocks.parameters() if p.dim() == 2]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    assert script.Muon(matrices, torch.tensor(0.1), 0.0).dtype == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert script.Muon(matrices, torch.tensor(0.1), 0.0).dtype == torch.bfloat16
+    for capability, dtype in ((6, 0), torch.float16), ((7, 5), torch.float16), (
+            (8, 0), torch.bfloat16), ((9, 0), torch.bfloat16):  # (7, 5) is a T4
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert script.choose_dtype("auto", torch.device("cuda:0")) == dtype
+
+
+def test_a_run_saved_with_the_muon_of_pytorch_is_resumed(train, resume, tmp_path):
+    flags = "--preset", "fast", "--max_iters", 8, "--eval_interval", 4, "--lr_decay_iters", 16
+    train(tmp_path / "a", *flags)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    last = load_checkpoint(tmp_path / "b" / "last.pt")
+    adamw, muon = (state["param_groups"] for state in last["optimizers"])
+    for group in adamw:
+        group |= {"lr": 1e-4, "capturable": False}
+    muon[0] |= {"lr": 1e-3, "momentum": 0.95, "nesterov": True, "ns_steps": 5, "eps": 1e-7,
+                "ns_coefficients": (3.4445, -4.775, 2.0315), "adjust_lr_fn": None}
+    torch.save(last, tmp_path / "b" / "last.pt")
+    for name in "ab":
+        resume(tmp_path / name, "--max_iters", 16)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
 # ---- the same run again ----
@@ -500,6 +580,39 @@ def test_the_networks_that_come_with_the_repository_are_never_trained_over(train
     with pytest.raises(ValueError, match="choose another folder"):
         train(PRETRAINED, "--max_iters", 1)
     assert sorted((path, path.stat().st_mtime_ns) for path in PRETRAINED.glob("*")) == before
+
+
+def test_without_a_terminal_lines_tell_how_far_it_is(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "TELL_SECONDS", 0)
+    train(tmp_path, "--max_iters", 3)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration 2")]
+    assert re.fullmatch(r"iteration 2 of 3: loss \d\.\d+, [\d,]+ tokens/s, 00:00 left", told[0])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no C compiler"), ImportError("no triton"),
+                                   torch.OutOfMemoryError("CUDA out of memory")])
+def test_where_compiling_fails_training_goes_on_unless_it_was_asked_for(
+        tiny_text, tmp_path, new_trainer, monkeypatch, capsys, error):
+    def compile_badly(module):
+        def fail(*inputs):
+            raise error
+
+        module._compiled_call_impl = fail
+
+    trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_badly)
+    trainer.compiled = True
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.compile_blocks()
+        return
+    trainer.compile_blocks()
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert "torch.compile failed" in told and not trainer.compiled
+    assert math.isfinite(trainer.step().item())
+    trainer.args.compile = True
+    with pytest.raises(ValueError, match="train with --no-compile"):
+        trainer.compile_blocks()
 
 
 # ---- flags ----
