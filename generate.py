@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import torch
 
-from model import choose_device, find_checkpoint, load_model
+from model import choose_device, find_checkpoint, limit_threads, load_model
 from tokenizer import (
     TEMPERATURE,
     BasicTokenizer,
@@ -179,6 +179,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    limit_threads()
     args = parse_args()
     out_dir = args.checkpoint.parent if args.checkpoint else default_run("model.pt")
     out_dir = args.out_dir or out_dir

@@ -24,6 +24,7 @@ from model import (
     LAST_WITH_INT8,
     find_checkpoint,
     int8_engine,
+    limit_threads,
     load_model,
     mean_loss,
     save_checkpoint,
@@ -121,6 +122,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    limit_threads()
     args = parse_args()
     out_dir = args.checkpoint.parent if args.checkpoint else default_run("model.pt")
     out_dir = args.out_dir or out_dir
