@@ -213,27 +213,6 @@ def test_a_gradient_that_overflows_float16_is_skipped_and_the_scale_halved(
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("flags", [[], ["--preset", "fast"]], ids=["adamw", "muon"])
-def test_recording_an_iteration_is_no_step(tiny_text, tmp_path, new_trainer, monkeypatch, flags):
-    """A graph's stand-in calls the work once for nothing, as recording does."""
-    def recorded_for_nothing(work):
-        work()
-        return work
-
-    monkeypatch.setattr(script, "cuda_graph", recorded_for_nothing)
-    weights = []
-    for recorded in False, True:
-        trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path, *flags,
-                              "--dropout", 0, "--attention_dropout", 0, "--dtype", "float32")
-        trainer.gradients = trainer.plain_gradients
-        if recorded:
-            trainer.learn = trainer.recorded(trainer.learn)
-        for trainer.iteration in range(3):
-            trainer.step()
-        weights.append([p.detach() for p in trainer.model.parameters()])
-    assert all(map(torch.equal, *weights))
-
-
 # ---- optimizers ----
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -589,29 +568,17 @@ def test_without_a_terminal_lines_tell_how_far_it_is(train, tmp_path, capsys, mo
     assert re.fullmatch(r"iteration 2 of 3: loss \d\.\d+, [\d,]+ tokens/s, 00:00 left", told[0])
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no C compiler"), ImportError("no triton"),
-                                   torch.OutOfMemoryError("CUDA out of memory")])
-def test_where_compiling_fails_training_goes_on_unless_it_was_asked_for(
-        tiny_text, tmp_path, new_trainer, monkeypatch, capsys, error):
+def test_a_lack_of_memory_while_compiling_is_told_as_such(tiny_text, tmp_path, new_trainer,
+                                                           monkeypatch):
     def compile_badly(module):
         def fail(*inputs):
-            raise error
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
         module._compiled_call_impl = fail
 
     trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_badly)
-    trainer.compiled = True
-    if isinstance(error, torch.OutOfMemoryError):
-        with pytest.raises(torch.OutOfMemoryError):
-            trainer.compile_blocks()
-        return
-    trainer.compile_blocks()
-    told = capsys.readouterr().out.splitlines()[-1]
-    assert "torch.compile failed" in told and not trainer.compiled
-    assert math.isfinite(trainer.step().item())
-    trainer.args.compile = True
-    with pytest.raises(ValueError, match="train with --no-compile"):
+    with pytest.raises(torch.OutOfMemoryError):
         trainer.compile_blocks()
 
 
