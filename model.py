@@ -30,9 +30,6 @@ import torch.nn.functional as F
 
 from tokenizer import atomic_write, out_of_memory, usable_cores
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
-    sys.exit(f"PyTorch {torch.__version__} is too old: pip install -r requirements.txt")
-
 # ---- the network ---------------------------------------------------------------------------------
 
 
@@ -203,10 +200,7 @@ class GPT(nn.Module):
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float | None = None,
                  seed: int | None = None) -> torch.Tensor:
-        """Continues idx, (B, T) int64 with T >= 1, by sampling; the arguments are `stream`'s.
-
-        Returns (B, T + max_new_tokens) int64, the prompt in front.
-        """
+        """Returns idx, (B, T) int64, and behind it what `stream` draws: (B, T + max_new_tokens)."""
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed)
         return torch.cat([idx, *(token[:, None] for token in new)], dim=1)
 
@@ -217,10 +211,10 @@ class GPT(nn.Module):
         """Yields max_new_tokens times the next token of each row, (B,) int64, once it is drawn.
 
         temperature, top_k and top_p are `sample`'s. With a seed the text is the same each time, and
-        a row's does not depend on the other rows, up to rounding (int8 rounds the inputs of all
+        a row's does not depend on the others, up to rounding (int8 rounds the inputs of all
         together). Only the last block_size tokens of idx count. `allowed` gets the tokens drawn
-        last, (B,), or None at first; it returns which may come next, (B, V) bool, or None if all
-        may. Raises ValueError if idx holds no token.
+        last, or None at first, and returns which may come next, (B, V) bool, or None for all.
+        Raises ValueError if idx holds no token.
         """
         if idx.shape[1] == 0:
             raise ValueError("nothing to continue: idx must hold at least one token a row")
@@ -775,7 +769,10 @@ def mean_loss(model: GPT, data: torch.Tensor, starts: torch.Tensor) -> float:
 
 # ---- devices -------------------------------------------------------------------------------------
 # Scripts run on the fastest device there is, or on the one that --device names. One that is not
-# there is refused in one line, with what there is.
+# there is refused in one line, with what there is; so is a PyTorch before 2.9.
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+    sys.exit(f"PyTorch {torch.__version__} is too old: pip install -r requirements.txt")
 
 
 def limit_threads() -> None:
