@@ -579,6 +579,9 @@ def run_script(main: Callable[[], None], memory_remedy: str = "close other progr
     OSError or a lack of memory status 1 and one line. Anything else is a bug and shows its
     traceback. What the terminal cannot show is printed as `?`.
     """
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, stream) is None:  # closed, and the next file opened would get its number
+            setattr(sys, stream, open(os.devnull, "w" if number else "r"))
     sys.stdout.reconfigure(errors="replace")
     name, status = Path(sys.argv[0]).name, None
     try:
@@ -596,6 +599,10 @@ def run_script(main: Callable[[], None], memory_remedy: str = "close other progr
         if not out_of_memory(error):
             raise
         status = f"{name}: not enough memory: {memory_remedy}"
+    if isinstance(status, str):
+        with suppress(OSError):
+            print(status, file=sys.stderr)
+        status = 1
     for stream in sys.stdout, sys.stderr:
         try:
             stream.flush()

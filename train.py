@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -280,8 +281,8 @@ class Trainer:
                     line = self.evaluate()
                     self.save()
                     saved = time.monotonic()
-                    if self.master:  # only now, as nobody may be reading any more
-                        bar.write(line)
+                    if self.master:
+                        self.stop.tell(line)
                 if ended:
                     break
                 due = time.monotonic() - saved > SAVE_SECONDS
@@ -880,21 +881,38 @@ class CoreThreads:
 
 
 class Stop:
-    """Notes SIGINT (Ctrl-C) and SIGTERM, so that the loop can end between two iterations.
+    """Notes what asks a run to end, so that the loop can end between two iterations, and save.
 
-    A second Ctrl-C ends at once.
+    That is Ctrl-C, SIGTERM, a terminal that is closed, or a pipe whose reader has gone. A signal
+    ignored from the start, as `nohup` does, stays ignored. A second Ctrl-C ends at once, unless it
+    comes with the first: a terminal and torchrun, or a notebook, may both pass on the same one.
     """
 
     def __init__(self):
-        self.requested, self.number = False, signal.SIGTERM
-        signal.signal(signal.SIGINT, self.note)
-        signal.signal(signal.SIGTERM, self.note)
+        self.requested, self.status, self.since = False, 128 + signal.SIGTERM, math.inf
+        for name in "SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK":  # the last on Windows
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.note)
 
-    def note(self, number, frame):
-        self.requested, self.number = True, number
-        print("\nfinishing, then saving", file=sys.stderr)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal; `print` could fail here, or meet itself half done."""
+        if number == signal.SIGINT and time.monotonic() - self.since > 1:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self.status = True, 128 + number
+            self.since = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nfinishing, then saving\n")
+
+    def tell(self, line: str) -> None:
+        """Prints a line above the progress bar; a run does not fail where nobody can read it."""
+        try:
+            tqdm.write(line)
+        except BrokenPipeError:
+            self.requested, self.status = True, 0
+        except OSError:  # a full disk, a terminal that has gone
+            pass
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -1173,11 +1191,11 @@ def main() -> None:
             print("this run is complete: a larger --max_iters goes on")
     trainer.run()
     if master:
-        print(farewell(trainer))
+        trainer.stop.tell(farewell(trainer))
     if trainer.world_size > 1:
         dist.destroy_process_group()
     if trainer.stop.requested:
-        sys.exit(128 + trainer.stop.number)
+        sys.exit(trainer.stop.status)
 
 
 def farewell(trainer: Trainer) -> str:
