@@ -34,7 +34,7 @@ from tokenizer import BasicTokenizer, atomic_write, default_run, run_script, vis
 
 KNOWN_COLUMNS = ("iteration", "tokens_seen", "epochs", "learning_rate")  # never empty, never NaN
 LOSS_COLUMNS = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char")
-RELU_COLUMNS = ("mean", "std", "zeros", "dead", "grad_mean", "grad_std")  # of each layer
+RELU_COLUMNS = ("mean", "std", "zeros", "dead", "grad_mean", "grad_std")  # each layer has these
 MAX_BYTES = 2**24  # both files are some kilobytes; anything near this is not one of ours
 MAX_TOKENS = 40  # the weights of more could not be told apart in a picture
 Metrics = dict[str, np.ndarray]
@@ -116,7 +116,7 @@ def read_text_with_network(
     (n_layer, n_head, T, T), a row for each token that reads, and the probabilities of the next
     token (T, V), float32. Raises ValueError.
     """
-    import torch  # here, as only this picture needs the network, which takes seconds to load
+    import torch  # takes seconds, and no other picture needs it
 
     from model import attention, load_model
 
@@ -238,7 +238,7 @@ def plain_ticks(axis: Axis, numbers: str, **which) -> None:
 def draw_published_losses(axes: Axes, last: float) -> None:
     """Draws the published losses up to iteration `last` or just past it, and their best."""
     if last >= PUBLISHED_ITERATION[1]:
-        # from 500: a straight line from 0 to there would be far above what that run really did
+        # a straight line from iteration 0 to 500 would be far above what that run really did
         shown = slice(1, 1 + np.searchsorted(PUBLISHED_ITERATION, last))
         style = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 5, "alpha": 0.75}
         for name, losses, color in (("train", PUBLISHED_TRAIN, TRAIN_COLOR),
@@ -261,7 +261,7 @@ def draw_loss(metrics: Metrics) -> Figure:
     axes.plot(iteration, val, color=VAL_COLOR, label="validation", **style)
     if same_text_and_tokenizer(metrics):
         draw_published_losses(axes, iteration[-1])
-    axes.set(yscale="log", ylabel="loss, nats per token")  # else the first drop flattens the rest
+    axes.set(yscale="log", ylabel="loss, nats per token")  # shows what follows the first drop
     plain_ticks(axes.yaxis, "{x:g}")
 
     title = "No validation loss is a number: training diverged"
@@ -341,7 +341,7 @@ def draw_histograms(histograms: dict, kind: str) -> tuple[Figure, Axes, list]:
     density = np.where(density > 0, density, np.nan)  # a gap, not a line down to the log of 0
     handles = [axes.stairs(*layer, color=color, linewidth=1.5, baseline=None)
                for *layer, color in zip(density, edges, layer_colors(len(density)))]
-    axes.set(yscale="log", ylabel="probability density")  # or all but the zeros' spike were flat
+    axes.set(yscale="log", ylabel="probability density")  # shows more than the spike at zero
     return figure, axes, handles
 
 
@@ -390,7 +390,7 @@ def draw_attention(tokens: list[str], weights: np.ndarray) -> Figure:
     small = min(7, 75 * side / T)
     for (layer, head), axes in np.ndenumerate(grid):
         shares = np.where(np.tri(T, dtype=bool), weights[layer, head], np.nan)
-        picture = axes.imshow(shares, cmap="viridis", norm=PowerNorm(0.5, 0, 1))  # shows small ones
+        picture = axes.imshow(shares, cmap="viridis", norm=PowerNorm(0.5, 0, 1))  # root: small ones show
         axes.grid(False)
         axes.set_xticks(range(T), tokens, fontsize=small, rotation=90)
         axes.set_yticks(range(T), tokens, fontsize=small)

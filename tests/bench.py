@@ -81,10 +81,10 @@ def bench_tokenizer(args: argparse.Namespace) -> None:
     else:
         print("| text | train | | encode | | tokens | peak memory |")
         print("|---:" * 7 + "|", flush=True)
-        for size in args.megabytes:  # each in its own process, as the peak of memory never falls
+        for size in args.megabytes:  # a process for each, as the peak of memory never falls
             command = [sys.executable, __file__, "tokenizer", "--data_path", args.data_path]
             if subprocess.run([*command, "--megabytes", str(size)]).returncode:
-                sys.exit(1)  # it has said why
+                sys.exit(1)  # the process has said why
 
 
 def train_quietly(data_path: Path, vocab_size: int) -> BasicTokenizer:
@@ -125,7 +125,7 @@ def write_text(path: Path, source: bytes, size: int) -> None:
             piece, drawn = source.copy(), len(source) // 20
             piece[rng.integers(len(source), size=drawn)] = rng.choice(source, drawn)
             file.write(piece[:size - start])
-        os.fsync(file.fileno())  # or the disk is still busy with it while the training is timed
+        os.fsync(file.fileno())  # keeps the disk from being busy while the training is timed
 
 
 def measure_size(data_path: Path, megabytes: int) -> None:
@@ -310,7 +310,7 @@ def hugging_face_gpt2(config: GPTConfig, device: torch.device) -> torch.nn.Modul
     """Returns a network of the same sizes, untrained. Raises ImportError without transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    width = config.n_head * config.head_size  # as n_head must divide it there
+    width = config.n_head * config.head_size  # n_head must divide it there
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=width,
         n_head=config.n_head, n_layer=config.n_layer, bos_token_id=None, eos_token_id=None,
@@ -330,7 +330,7 @@ def bench_sample(args: argparse.Namespace) -> None:
     textbook.to(device), network.to(device)
     full = torch.randint(config.vocab_size, (1, config.block_size), device=device)
     one = full[:, :1]
-    samplers = {  # what to run, where tolist waits for a GPU, and the tokens that makes
+    samplers = {  # a function, in which tolist waits for a GPU, and how many tokens it makes
         "textbook": (lambda: textbook.generate(full, 60).tolist(), 60),
         "ours, one stream": (lambda: network.generate(full, 1000).tolist(), 1000),
         "ours, ten times as long": (lambda: network.generate(full, 10_000).tolist(), 10_000),
