@@ -1,8 +1,11 @@
-"""Byte-pair encoding as the textbook has it, to compare tokenizer.py with: all pairs counted for each merge."""
+"""Byte-pair encoding as the textbook has it: all pairs are counted anew for each merge.
+
+It is what the tests compare tokenizer.py with, and what bench.py times it against.
+"""
 
 
 def count_pairs(ids):
-    """[1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}, in order of first occurrence."""
+    """Counts neighbours: [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}, first come first."""
     counts = {}
     for pair in zip(ids, ids[1:]):
         counts[pair] = counts.get(pair, 0) + 1
@@ -10,7 +13,7 @@ def count_pairs(ids):
 
 
 def merge(ids, pair, new):
-    """[1, 2, 3, 1, 2], pair (1, 2), new 4 -> [4, 3, 4]"""
+    """Replaces a pair by a new id: [1, 2, 3, 1, 2], pair (1, 2), new 4 -> [4, 3, 4]."""
     left, right = pair
     merged, i = [], 0
     while i < len(ids):
@@ -24,23 +27,23 @@ def merge(ids, pair, new):
 
 
 def textbook_bpe_train(data, vocab_size):
-    """merges {(int, int): int} of bytes, and the ids of those; fewer merges if the pairs run out.
+    """Merges the most frequent pair again and again; of equals, the one that occurs first.
 
-    The most frequent pair is merged; `max` takes the first of equals, the one that occurs first.
+    Returns the merges {(int, int): int}, fewer if the pairs run out, and the ids of the bytes.
     """
     ids, merges = list(data), {}
     for new in range(256, vocab_size):
         counts = count_pairs(ids)
         if not counts:
             break
-        pair = max(counts, key=counts.get)
+        pair = max(counts, key=counts.get)  # takes the first of equals
         ids = merge(ids, pair, new)
         merges[pair] = new
     return merges, ids
 
 
 def textbook_bpe_encode(data, merges):
-    """Ids of bytes: of the pairs present, the one that training merged first is merged, until none is left."""
+    """Merges, of the pairs present, the one that training merged first, until none is left."""
     ids = list(data)
     while len(ids) > 1:
         pair = min(count_pairs(ids), key=lambda pair: merges.get(pair, float("inf")))

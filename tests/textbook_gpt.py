@@ -1,4 +1,4 @@
-"""The network as textbooks write it, and as the published reference has it: a module for each head, no cache.
+"""The network as textbooks write it, and the published reference: a module a head, no cache.
 
 It is what the tests compare the network with, and what bench.py times it against.
 """
@@ -11,8 +11,11 @@ class Head(nn.Module):
     def __init__(self, config):
         super().__init__()
         size = config.n_embd // config.n_head
-        self.key, self.query, self.value = (nn.Linear(config.n_embd, size, bias=False) for _ in range(3))
-        self.register_buffer("tril", torch.tril(torch.ones(config.block_size, config.block_size)))
+        self.key = nn.Linear(config.n_embd, size, bias=False)
+        self.query = nn.Linear(config.n_embd, size, bias=False)
+        self.value = nn.Linear(config.n_embd, size, bias=False)
+        T = config.block_size
+        self.register_buffer("tril", torch.tril(torch.ones(T, T)))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -27,7 +30,8 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = nn.ModuleList(Head(config) for _ in range(config.n_head))
-        self.proj = nn.Linear(config.n_head * (config.n_embd // config.n_head), config.n_embd)
+        width = config.n_head * (config.n_embd // config.n_head)
+        self.proj = nn.Linear(width, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -38,9 +42,10 @@ class TextbookBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.sa = MultiHeadAttention(config)
-        self.ffwd = nn.Sequential(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(),
-                                  nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
-        self.ln1, self.ln2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        C = config.n_embd
+        self.ffwd = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C),
+                                  nn.Dropout(config.dropout))
+        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
 
     def forward(self, x):
         x = x + self.sa(self.ln1(x))
@@ -69,7 +74,8 @@ class TextbookGPT(nn.Module):
     def generate(self, idx, max_new_tokens):
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.block_size:])
-            idx = torch.cat([idx, torch.multinomial(F.softmax(logits[:, -1], dim=-1), 1)], dim=1)
+            probs = F.softmax(logits[:, -1], dim=-1)
+            idx = torch.cat([idx, torch.multinomial(probs, 1)], dim=1)
         return idx
 
 
@@ -77,13 +83,14 @@ def copy_weights(textbook, model):
     """Gives `model` (a model.GPT) the weights of a TextbookGPT of the same config."""
     ours = {"token_embedding.weight": textbook.token_embedding_table.weight,
             "position_embedding.weight": textbook.position_embedding_table.weight}
+    modules = {"ln": textbook.ln_f, "head": textbook.lm_head}
     for i, block in enumerate(textbook.blocks):
-        heads = block.sa.heads
         ours[f"blocks.{i}.attn.qkv.weight"] = torch.cat(
-            [getattr(head, name).weight for name in ("query", "key", "value") for head in heads])
-        for name, module in (("ln_1", block.ln1), ("ln_2", block.ln2), ("attn.proj", block.sa.proj),
-                             ("ffwd.up", block.ffwd[0]), ("ffwd.down", block.ffwd[2])):
-            ours |= {f"blocks.{i}.{name}.{key}": value for key, value in module.state_dict().items()}
-    for name, module in (("ln", textbook.ln_f), ("head", textbook.lm_head)):
+            [getattr(head, name).weight for name in ("query", "key", "value")
+             for head in block.sa.heads])
+        modules |= {f"blocks.{i}.{name}": module for name, module in (
+            ("ln_1", block.ln1), ("ln_2", block.ln2), ("attn.proj", block.sa.proj),
+            ("ffwd.up", block.ffwd[0]), ("ffwd.down", block.ffwd[2]))}
+    for name, module in modules.items():
         ours |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
     model.load_state_dict(ours)
