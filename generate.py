@@ -11,12 +11,19 @@ that is full, the network reads its more recent half once more and goes on from 
 import argparse
 import codecs
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
+
+if "OPENBLAS_NUM_THREADS" not in os.environ:
+    # NumPy reads tokens on one core: its BLAS looks this up when imported, as PyTorch's may later.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    import numpy  # noqa: F401
+    del os.environ["OPENBLAS_NUM_THREADS"]
 
 import torch
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -208,6 +209,20 @@ def test_the_output_is_valid_utf8_at_every_flush(finished_run):
     text = "".join(piece.decode("utf-8") for piece in pieces)  # raises for a piece that ends inside
     assert "\ufffd" in text
     process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() < 2 or "openblas" not in str(
+    np.show_config(mode="dicts")), reason="counts OpenBLAS's threads in /proc")
+@pytest.mark.parametrize("own, threads", [(None, 1), ("2", 2)])
+def test_numpy_gets_one_thread_unless_told_otherwise_and_pytorch_all(own, threads):
+    environ = os.environ | {"OPENBLAS_NUM_THREADS": own or ""}
+    if own is None:
+        del environ["OPENBLAS_NUM_THREADS"]
+    code = ("import os, generate as g; print(len(os.listdir('/proc/self/task')), "
+            "os.environ.get('OPENBLAS_NUM_THREADS'), g.torch.get_num_threads())")
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, text=True,
+                             capture_output=True, check=True)
+    assert process.stdout.split() == [str(threads), str(own), str(torch.get_num_threads())]
 
 
 def test_a_closed_pipe_is_no_error(finished_run):

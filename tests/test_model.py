@@ -268,6 +268,18 @@ def test_logits_with_the_cache_equal_logits_without(small, tmp_path, batch_size,
         torch.testing.assert_close(decoder.step(idx[:, t]), expected[:, t], **close)
 
 
+def test_one_stream_reads_scores_whose_exponentials_would_overflow(small):
+    idx = random_ids(1, 16)
+    for block in small.blocks:
+        block.attn.qkv.weight.data[:2 * 20] *= 30  # queries and keys of 4 heads of 5 channels
+    q, k, _ = small.blocks[0].attn.qkv(small.blocks[0].ln_1(small.token_embedding(idx))).chunk(3, 2)
+    assert (q[0, :, :5] @ k[0, :, :5].T).max() * 5 ** -0.5 > 89  # exp(89) is inf in float32
+    decoder, expected = Decoder(small, 1), small(idx)[0]
+    decoder.prefill(idx[:, :5])
+    for t in range(5, 16):
+        torch.testing.assert_close(decoder.step(idx[:, t]), expected[:, t], atol=1e-4, rtol=0)
+
+
 def test_a_step_of_fixed_shapes_as_a_cuda_graph_has_it_gives_the_same_logits(small):
     idx, decoder = random_ids(3, 16), Decoder(small, 3)
     expected = small(idx)[0]
