@@ -390,7 +390,8 @@ def draw_attention(tokens: list[str], weights: np.ndarray) -> Figure:
     small = min(7, 75 * side / T)
     for (layer, head), axes in np.ndenumerate(grid):
         shares = np.where(np.tri(T, dtype=bool), weights[layer, head], np.nan)
-        picture = axes.imshow(shares, cmap="viridis", norm=PowerNorm(0.5, 0, 1))  # root: small ones show
+        # the square root sets small shares apart from none
+        picture = axes.imshow(shares, cmap="viridis", norm=PowerNorm(0.5, 0, 1))
         axes.grid(False)
         axes.set_xticks(range(T), tokens, fontsize=small, rotation=90)
         axes.set_yticks(range(T), tokens, fontsize=small)
