@@ -25,10 +25,9 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from heapq import heappop, heappush, heapreplace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import numpy as np
@@ -212,18 +211,19 @@ class BasicTokenizer:
         tokenizer.decode(tokenizer.encode("Hi")) == "Hi"
 
     With a `data_path` it learns `vocab_size` tokens from that text and writes merges.pkl and
-    vocab.pkl into `out_dir`; without, it loads them from there. Raises ValueError if the text or
-    the files are missing or invalid or `vocab_size` is impossible, OSError if it cannot write.
+    vocab.pkl into `out_dir`, if that is not None; without, it loads them from there. Raises
+    ValueError if the text or the files are missing or invalid, `vocab_size` is impossible or a
+    network in `out_dir` needs the tokenizer that is there, OSError if it cannot write.
 
     `merges` is {(int, int): int} in the order learned, `vocab` is {int: bytes}, and `fingerprint`
     is the SHA-256 of the merges in hexadecimal: tokenizers are the same if and only if theirs is.
     """
 
     def __init__(self, data_path: str | Path | None = None, vocab_size: int = 500,
-                 verbose: bool = False, out_dir: str | Path = CHECKPOINTS):
-        self.data_path, self.verbose, self.out_dir = data_path, verbose, Path(out_dir)
+                 verbose: bool = False, out_dir: str | Path | None = CHECKPOINTS):
+        self.data_path, self.verbose, self.out_dir = data_path, verbose, out_dir
         if data_path is None:
-            self._use(*load_pair(self.out_dir)[:2])
+            self._use(*load_pair(Path(out_dir))[:2])
         else:
             self.vocab_size = vocab_size
             self.train()
@@ -252,14 +252,18 @@ class BasicTokenizer:
             if self.verbose:
                 tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) "
                            f"had {count} occurrences")
-        save_pair(self.out_dir, merges, vocab)
+        if self.out_dir is not None:
+            save_pair(Path(self.out_dir), merges, vocab)
         self._use(merges, vocab)
         print(compression_ratio(data, tokens.ids()))
 
+    def save(self, out_dir: str | Path) -> None:
+        """Writes merges.pkl and vocab.pkl. Raises ValueError if a network there needs others."""
+        save_pair(Path(out_dir), self.merges, self.vocab)
+
     def _use(self, merges, vocab):
         self.merges, self.vocab, self.vocab_size = merges, vocab, len(vocab)
-        lines = "".join(f"{left} {right}\n" for left, right in merges)
-        self.fingerprint = hashlib.sha256(lines.encode()).hexdigest()
+        self.fingerprint = fingerprint(merges)
         self._as_strings = [(chr(a) + chr(b), chr(new)) for (a, b), new in merges.items()]
         self._joints = {vocab[a][-1:] + vocab[b][:1] for a, b in merges}  # bytes a token may join
 
@@ -364,12 +368,38 @@ PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "
                     "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
 
+def fingerprint(merges: Merges) -> str:
+    """Returns the SHA-256, in hexadecimal, of the pairs in their order."""
+    lines = "".join(f"{left} {right}\n" for left, right in merges)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def digests(folder: Path, name: str) -> dict[Path, str | None]:
+    """Returns the SHA-256 of its "tokenizer" or "text" that each network's file in a folder holds.
+
+    It looks for the bytes, as reading such a file takes PyTorch; None where there are none.
+    """
+    found = {}
+    for path in sorted(folder.glob("[!.]*.pt*")):  # model.pt, last.pt, last.pt.old, model_int8.pt
+        with suppress(OSError), open(path, "rb") as file:
+            digest = re.search(name.encode() + rb"[^0-9a-f].{,15}?([0-9a-f]{64})",
+                               file.read(MAX_BYTES), re.DOTALL)
+            found[path] = digest and digest[1].decode()
+    return found
+
+
 def save_pair(folder: Path, merges: Merges, vocab: Vocab) -> None:
     """Writes merges.pkl and vocab.pkl. If killed, it leaves `load_pair` the old pair or the new.
+
+    Raises ValueError if a network there was trained with another tokenizer, and would lose it.
 
     Two renames cannot be one. Between them the new vocabulary lies beside the old merges; but the
     new merges are there too, in a third file, where `load_pair` looks for them.
     """
+    for network, needed in digests(folder, "tokenizer").items():
+        if needed not in (None, fingerprint(merges)):
+            raise ValueError(f"{network} was trained with another tokenizer, without which it is "
+                             "of no use: choose another --out_dir")
     waiting = folder / WAITING_FILE
     if waiting.exists():  # a save was cut short, between its renames perhaps: it is finished first
         with suppress(ValueError):
@@ -464,18 +494,8 @@ def remedy(folder: Path) -> str:
 
 # ---- commands ----
 
-NETWORK_FILES = "model.pt", "last.pt", "model_int8.pt"  # each names the one tokenizer that fits
-
-
 def train_command(args: argparse.Namespace) -> None:
-    """Learns a tokenizer, but not in the place of another that a trained network there needs."""
-    networks = [args.out_dir / name for name in NETWORK_FILES if (args.out_dir / name).exists()]
-    if networks:
-        with TemporaryDirectory() as folder, redirect_stdout(None):
-            new = BasicTokenizer(args.data_path, args.vocab_size, out_dir=folder)
-        if not all(new.fingerprint.encode() in path.read_bytes() for path in networks):
-            raise ValueError(f"{args.out_dir} holds a network trained with another tokenizer, "
-                             "which it would lose: choose another --out_dir")
+    """Learns a tokenizer and writes it."""
     BasicTokenizer(args.data_path, args.vocab_size, args.verbose, args.out_dir)
 
 

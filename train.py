@@ -6,9 +6,8 @@
     python train.py --resume                          # goes on where a run was stopped
     torchrun --nproc_per_node 2 train.py              # two GPUs, or processes, share each batch
 
-Everything lands in --out_dir: merges.pkl and vocab.pkl (the tokenizer), model.pt (the weights with
-the lowest validation loss), last.pt (all it takes to resume), metrics.csv (a row for each
-evaluation), histograms.npz (of the ReLUs, at the last evaluation).
+Everything lands in --out_dir: the tokenizer (merges.pkl, vocab.pkl), the best weights (model.pt),
+all it takes to resume (last.pt), a row for each evaluation (metrics.csv), and histograms.npz.
 """
 import argparse
 import contextlib
@@ -26,7 +25,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -58,6 +56,7 @@ from tokenizer import (
     BasicTokenizer,
     atomic_write,
     bounded,
+    digests,
     matching,
     out_of_memory,
     read_text,
@@ -242,6 +241,9 @@ class Trainer:
         self.model = GPT(self.config)
         if args.init_std:
             self.model.init_weights(args.init_std)
+        if args.init_from:
+            start, _ = load_model(args.init_from, self.tokenizer.fingerprint)
+            self.model.load_state_dict(start.state_dict())
         self.model.to(self.device)  # only now, so that a seed gives the same weights everywhere
         if self.compiled:
             self.compile_blocks()
@@ -572,6 +574,7 @@ class Trainer:
             raise ValueError(self.not_finite("a weight"))
         args = {name: str(value) if isinstance(value, Path) else value
                 for name, value in vars(self.args).items()}
+        args["out_dir"] = str(absolute(args["out_dir"]))  # the files' places are seen from there
         rows = torch.tensor([[*row.values()] for row in self.metrics], dtype=torch.float64)
         save_last(self.args.out_dir, self.checkpoint() | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -742,21 +745,16 @@ class Trainer:
         self.flags_group = dist.new_group(backend="gloo")  # for flags, which live on the CPU
 
     def load_text(self) -> None:
-        """Puts the text on the device, as tokens, training a tokenizer first if there is none."""
+        """Puts the text on the device, as tokens. Writes nothing."""
         args = self.args
         text = read_text(args.data_path)
         split(text.encode(), args.block_size)  # bytes are no fewer than tokens: too short is told
-        if self.master:
-            self.held = lock(args.out_dir)  # only now, as what is amiss so far leaves no folder
-        if self.world_size > 1 and not self.master:
-            dist.barrier(self.flags_group)  # the master may have to train the tokenizer
-        if self.master and (args.out_dir / "merges.pkl").exists():
-            print(f"using the tokenizer that is in {args.out_dir}")
-        self.tokenizer = load_tokenizer(args.out_dir, args.data_path, args.vocab_size)
-        if self.world_size > 1 and self.master:
-            dist.barrier(self.flags_group)
+        shared = [choose_tokenizer(args, text) if self.master else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(shared, group=self.flags_group)
+        self.tokenizer, = shared
         tokens = self.tokenizer.encode_array(text)
-        self.text_hash = hashlib.sha256(tokens.tobytes()).hexdigest()
+        self.text_hash = text_digest(tokens)
         parts = dict(zip(("train", "val"), split(tokens, args.block_size)))
         self.tokens_per_char = {name: len(part) / self.tokenizer.count_characters(part)
                                 for name, part in parts.items()}
@@ -895,7 +893,7 @@ class Stop:
             if number and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.note)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: object) -> None:
         """Handles a signal; `print` could fail here, or meet itself half done."""
         if number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
@@ -947,20 +945,35 @@ def histogram(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return counts.cpu().numpy(), np.linspace(low, high, 101, dtype=np.float32)
 
 
-def load_tokenizer(out_dir: Path, data_path: Path, vocab_size: int) -> BasicTokenizer:
-    """Loads the tokenizer in out_dir, or trains one on the text if there is none.
+def choose_tokenizer(args: argparse.Namespace, text: str) -> BasicTokenizer:
+    """Returns the tokenizer of --init_from or, without it, the one in --out_dir.
 
+    If there is none, or it is that of a run on another text, it learns one, and does not write it.
     Raises ValueError if the one there has another size.
     """
-    if not (out_dir / "merges.pkl").exists():
-        print(f"training a tokenizer of {vocab_size} tokens on {data_path}")
-        return BasicTokenizer(data_path, vocab_size, out_dir=out_dir)
-    tokenizer = BasicTokenizer(out_dir=out_dir)
-    if tokenizer.vocab_size != vocab_size:
-        raise ValueError(
-            f"the tokenizer in {out_dir} has {tokenizer.vocab_size} tokens, not {vocab_size}: "
-            f"use --vocab_size {tokenizer.vocab_size}, or another --out_dir")
-    return tokenizer
+    folder = args.init_from.parent if args.init_from else args.out_dir
+    if args.init_from or args.resume or (folder / "merges.pkl").exists():
+        tokenizer = BasicTokenizer(out_dir=folder)
+        tokens = tokenizer.encode_array(text)
+        trained_on = digests(folder, "text")
+        texts = {trained_on[network] for network, needed in digests(folder, "tokenizer").items()
+                 if needed == tokenizer.fingerprint}
+        if args.init_from or args.resume or text_digest(tokens) in texts or texts <= {None}:
+            if tokenizer.vocab_size != args.vocab_size:
+                raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, "
+                                 f"not {args.vocab_size}: use --vocab_size "
+                                 f"{tokenizer.vocab_size}, or another --out_dir")
+            print(f"using the tokenizer that is in {folder}: "
+                  f"{len(text.encode()) / len(tokens):.2f} bytes a token of this text")
+            return tokenizer
+        print(f"the run in {folder} is on another text, and so is its tokenizer")
+    print(f"training a tokenizer of {args.vocab_size} tokens on {args.data_path}")
+    return BasicTokenizer(args.data_path, args.vocab_size, out_dir=None)
+
+
+def text_digest(tokens: np.ndarray) -> str:
+    """Returns the SHA-256, in hexadecimal, by which a checkpoint knows the text it is of."""
+    return hashlib.sha256(tokens.tobytes()).hexdigest()
 
 
 # ---- the folder of a run -------------------------------------------------------------------------
@@ -999,20 +1012,41 @@ def lock(out_dir: Path) -> io.TextIOWrapper:
     return file
 
 
-def set_aside(out_dir: Path) -> None:
-    """Moves an earlier run into a folder of its own, with a copy of its tokenizer: all is kept."""
-    if not any((out_dir / name).exists() for name in ("model.pt", "last.pt", "last.pt.old")):
-        return
+def make_room(out_dir: Path, tokenizer: BasicTokenizer) -> None:
+    """Moves an earlier run into a folder of its own, and writes the tokenizer of the new one.
+
+    The tokenizer of the earlier run goes with it, and stays, too, if it is the same. All is kept.
+    """
+    old = BasicTokenizer(out_dir=out_dir) if (out_dir / "merges.pkl").exists() else None
+    keep = old is not None and old.fingerprint == tokenizer.fingerprint
+    needed = digests(out_dir, "tokenizer")
+    networks = [path for path in needed if path.name in RUN_FILES or needed[path] and not keep]
+    if networks or old and not keep:
+        if old is None and tokenizer.fingerprint in map(needed.get, networks):
+            old = tokenizer  # its files were lost, and it was learned once more
+        move_aside(out_dir, networks, old, keep)
+    if not keep:
+        tokenizer.save(out_dir)
+
+
+def move_aside(out_dir: Path, networks: list[Path], tokenizer: BasicTokenizer | None,
+               keep: bool) -> None:
+    """Moves networks, their tokenizer unless it is to be kept, too, and what else a run made."""
     number = next(n for n in range(1, 10**6) if not (out_dir / f"earlier-{n}").exists())
     earlier = out_dir / f"earlier-{number}"
-    for name in "merges.pkl", "vocab.pkl":  # first, as only this may find the disk full
-        with atomic_write(earlier / name) as file:
-            file.write((out_dir / name).read_bytes())
+    if tokenizer:  # first, as only this may find the disk full
+        tokenizer.save(earlier)
+    earlier.mkdir(exist_ok=True)
     for path in sorted(out_dir.iterdir()):
         picture = path.suffix in (".png", ".svg") and path.stem in PICTURES
-        if path.name in RUN_FILES or picture:
+        if path in networks or path.name in RUN_FILES or picture:
             path.replace(earlier / path.name)
-    print(f"moved the earlier run to {earlier} (--resume would have continued it)")
+    if not keep:
+        for name in "merges.pkl", "vocab.pkl":
+            (out_dir / name).unlink(missing_ok=True)
+    resumable = any(path.name.startswith("last.pt") for path in networks)
+    print(f"moved the earlier run to {earlier}"
+          + " (--resume would have continued it)" * resumable)
 
 
 def load_last(out_dir: Path) -> dict:
@@ -1067,7 +1101,7 @@ LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1,
              "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 
 
-def absolute(path: str) -> Path:
+def absolute(path: str | Path) -> Path:
     """Makes a path absolute, as --resume may be called from another folder."""
     return Path(path).resolve()
 
@@ -1089,6 +1123,9 @@ def make_parser() -> argparse.ArgumentParser:
     files.add_argument("--teacher", type=lambda path: str(absolute(path)), nargs="+", default=[],
                        metavar="MODEL.PT", help="networks trained with the same tokenizer, whose "
                        "expectations this one learns, too (default: it learns from the text alone)")
+    files.add_argument("--init_from", type=absolute, metavar="MODEL.PT",
+                       help="network whose weights, and the tokenizer beside it, a new run starts "
+                       "from, on any text (default: random weights)")
     files.add_argument("--resume", action="store_true",
                        help="go on from last.pt in --out_dir, with its flags unless given anew")
     for title, flags in FLAGS.items():
@@ -1123,51 +1160,103 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
         if args.preset != "reference":
             parser.error("--preset is for a new run: --resume goes on with the flags of the run it "
                          "finds")
+        if args.init_from:
+            parser.error("--init_from is for a new run: --resume needs it no more")
         last = load_last(args.out_dir)
-        args = resumed_args(parser, argv, last["args"])
+        args = resumed_args(parser, argv, last, args.out_dir)
     else:
         parser.set_defaults(**PRESETS[args.preset])
+        sizes = initial_sizes(parser, args) if args.init_from else {}
+        parser.set_defaults(**sizes)
         args = parser.parse_args(argv)
+        for name, size in sizes.items():
+            if getattr(args, name) != size:
+                parser.error(f"--{name} {getattr(args, name)} differs from that of --init_from "
+                             f"{args.init_from}, {size}, which stands: leave it out")
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.max_iters
     check_args(parser, args)
     return args, last
 
 
-def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None,
-                 saved: dict) -> argparse.Namespace:
-    """Returns the flags given and, where none is, those saved, which are checked as if given."""
-    known = vars(parser.parse_args([])).keys() - {"resume", "out_dir"}
-    saved = {name: value for name, value in saved.items() if name in known}
+def initial_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, int]:
+    """Returns the sizes of the network in --init_from. Raises ValueError if it is of no use."""
+    check_network(parser, "--init_from", args.init_from, args.out_dir)
+    model, entries = load_model(args.init_from)
+    if entries.get("int8"):
+        raise ValueError(f"--init_from {args.init_from} is int8: name the model.pt it was made "
+                         "from")
+    if not (args.init_from.parent / "merges.pkl").exists():
+        raise ValueError(f"no merges.pkl beside --init_from {args.init_from}: copy merges.pkl and "
+                         "vocab.pkl of its run there")
+    config = asdict(model.config)
+    return {name: config[name] for name in
+            ("vocab_size", "block_size", "n_embd", "n_head", "n_layer")}
+
+
+def found_again(record: object, out_dir: Path, then: object) -> str:
+    """Returns where a file of a run is now, if its folder was `then` and is now out_dir.
+
+    That is where it was or, if all was moved, beside out_dir as before, or the default text.
+    """
+    path = Path(str(record))
+    places = [path]
+    with contextlib.suppress(ValueError):  # another drive, on Windows
+        places.append(out_dir / os.path.relpath(path, str(then)))
+    if path.name == DEFAULT_TEXT.name:
+        places.append(DEFAULT_TEXT)
+    return str(absolute(next((place for place in places if place.exists()), path)))
+
+
+def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None, last: dict,
+                 out_dir: Path) -> argparse.Namespace:
+    """Returns the flags given and, where none is, those saved, which are checked as if given.
+
+    Leaves in last["args"] those saved that there still are, with files where they are now.
+    """
+    known = vars(parser.parse_args([])).keys() - {"resume", "out_dir", "init_from"}
+    then = last["args"].get("out_dir")
+    saved = last["args"] = {name: value for name, value in last["args"].items() if name in known}
+    if "data_path" in saved:
+        saved["data_path"] = found_again(saved["data_path"], out_dir, then)
+    if type(saved.get("teacher")) is list:
+        saved["teacher"] = [found_again(path, out_dir, then) for path in saved["teacher"]]
     if saved.get("lr_decay_iters", 0) == saved.get("max_iters"):
         parser.set_defaults(lr_decay_iters=None)  # the cosine goes on ending with the run
         del saved["lr_decay_iters"]
     flags = [f"--{name}={value}" for name, value in saved.items()
              if name not in ("compile", "teacher")]
     if type(saved.get("teacher")) is list and saved["teacher"]:
-        flags += ["--teacher", *map(str, saved["teacher"])]
+        flags += ["--teacher", *saved["teacher"]]
     if saved.get("compile") is not None:
         flags.append("--compile" if saved["compile"] else "--no-compile")
     args = parser.parse_args(flags + (sys.argv[1:] if argv is None else argv))
     if args.seed != saved.get("seed", args.seed):
         parser.error(f"--seed was {saved['seed']} when this run began, and cannot change any more")
-    for name, value in vars(args).items():
-        changed = name in saved.keys() - {"preset"} and str(saved[name]) != str(value)
-        if changed and int(os.environ.get("RANK", 0)) == 0:
-            print(f"note: --{name} was {saved[name]} when this run was saved and is {value} from "
-                  "here on")
     return args
+
+
+def changed_flags(args: argparse.Namespace, saved: dict) -> list[str]:
+    """Returns a note for each flag that is not what it was when the run was saved."""
+    return [f"note: --{name} was {saved[name]} when this run was saved and is {value} from here on"
+            for name, value in vars(args).items()
+            if name in saved.keys() - {"preset"} and str(saved[name]) != str(value)]
+
+
+def check_network(parser: argparse.ArgumentParser, flag: str, path: Path, out_dir: Path) -> None:
+    """Ends with a usage error where there is no such file or this run would replace it."""
+    if not path.is_file():
+        parser.error(f"no file at {flag} {path}: name the model.pt of an earlier run")
+    if path.parent == out_dir.resolve():
+        parser.error(f"{flag} {path} lies in --out_dir, whose files this run replaces: train into "
+                     "another --out_dir")
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with a usage error where flags do not go together."""
     args.teacher = [str(path) for pattern in args.teacher for path in matching(pattern)]
-    for path in map(Path, args.teacher):
-        if not path.is_file():
-            parser.error(f"no file at --teacher {path}: name the model.pt of an earlier run")
-        if path.parent == args.out_dir.resolve():
-            parser.error(f"--teacher {path} lies in --out_dir, whose files this run replaces: "
-                         "train into another --out_dir")
+    for path in args.teacher:
+        check_network(parser, "--teacher", Path(path), args.out_dir)
     if args.n_head > args.n_embd:
         parser.error(f"--n_head {args.n_head} must not exceed --n_embd {args.n_embd}: each head "
                      "needs a channel")
@@ -1184,8 +1273,12 @@ def main() -> None:
             sys.exit(status)  # it has said why
     trainer = Trainer(args, last)
     if master:
-        if not args.resume:
-            set_aside(args.out_dir)
+        trainer.held = lock(args.out_dir)  # only now: a start that is refused leaves nothing
+        if args.resume:
+            for note in changed_flags(args, last["args"]):
+                print(note)
+        else:
+            make_room(args.out_dir, trainer.tokenizer)
         print(trainer.summary())
         if trainer.iteration == args.max_iters:
             print("this run is complete: a larger --max_iters goes on")
