@@ -221,9 +221,10 @@ class BasicTokenizer:
 
     def __init__(self, data_path: str | Path | None = None, vocab_size: int = 500,
                  verbose: bool = False, out_dir: str | Path | None = CHECKPOINTS):
-        self.data_path, self.verbose, self.out_dir = data_path, verbose, out_dir
+        self.data_path, self.verbose = data_path, verbose
+        self.out_dir = out_dir if out_dir is None else Path(out_dir)
         if data_path is None:
-            self._use(*load_pair(Path(out_dir))[:2])
+            self._use(*load_pair(self.out_dir)[:2])
         else:
             self.vocab_size = vocab_size
             self.train()
@@ -253,7 +254,7 @@ class BasicTokenizer:
                 tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) "
                            f"had {count} occurrences")
         if self.out_dir is not None:
-            save_pair(Path(self.out_dir), merges, vocab)
+            save_pair(self.out_dir, merges, vocab)
         self._use(merges, vocab)
         print(compression_ratio(data, tokens.ids()))
 

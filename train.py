@@ -6,8 +6,7 @@
     python train.py --resume                          # goes on where a run was stopped
     torchrun --nproc_per_node 2 train.py              # two GPUs, or processes, share each batch
 
-Everything lands in --out_dir: the tokenizer (merges.pkl, vocab.pkl), the best weights (model.pt),
-all it takes to resume (last.pt), a row for each evaluation (metrics.csv), and histograms.npz.
+All lands in --out_dir: the tokenizer, model.pt (best weights), last.pt (to resume), metrics.csv.
 """
 import argparse
 import contextlib
@@ -444,8 +443,8 @@ class Trainer:
             self.told = time.monotonic()
             left = (self.args.max_iters - self.iteration) * self.args.batch_size
             left = tqdm.format_interval(left * self.args.block_size / speed)
-            print(f"iteration {self.iteration} of {self.args.max_iters}: loss {loss:.3f}, "
-                  f"{speed_shown}, {left} left")
+            self.stop.tell(f"iteration {self.iteration} of {self.args.max_iters}: loss {loss:.3f}, "
+                           f"{speed_shown}, {left} left")
 
     def tokens_per_second(self) -> float:
         """Returns the speed of training since the last evaluation."""
@@ -895,13 +894,13 @@ class Stop:
 
     def note(self, number: int, frame: object) -> None:
         """Handles a signal; `print` could fail here, or meet itself half done."""
-        if number == signal.SIGINT and time.monotonic() - self.since > 1:
-            raise KeyboardInterrupt
+        now = time.monotonic()
         if not self.requested:
-            self.requested, self.status = True, 128 + number
-            self.since = time.monotonic()
+            self.requested, self.status, self.since = True, 128 + number, now
             with contextlib.suppress(OSError):
                 os.write(2, b"\nfinishing, then saving\n")
+        elif number == signal.SIGINT and now - self.since > 1:
+            raise KeyboardInterrupt
 
     def tell(self, line: str) -> None:
         """Prints a line above the progress bar; a run does not fail where nobody can read it."""

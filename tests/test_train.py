@@ -1,12 +1,17 @@
 """train.py: it learns, resumes bit for bit, is the same on two processes, and loses nothing."""
+import contextlib
 import errno
+import fcntl
 import math
 import os
+import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -321,6 +326,116 @@ def test_a_signal_saves_and_says_how_to_go_on(train, resume, tiny_text, tmp_path
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
     assert same_weights(tmp_path / "run", tmp_path / "unbroken")
 
+
+# ---- stopping, whoever reads ----
+
+@pytest.fixture
+def long_run(tiny_text, tmp_path):
+    """Starts a long training, waits until it trains, and kills it in the end if it still does."""
+    processes, command = [], ["train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path,
+                              "--max_iters", 100_000]
+
+    def start_one(*flags, **options):
+        processes.append(start(*command, *flags, **options))
+        wait_for((tmp_path / "last.pt").exists, processes[-1])
+        time.sleep(0.5)
+        return processes[-1]
+
+    yield start_one
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def saved_after_the_start(folder):
+    return load_checkpoint(folder / "last.pt")["iteration"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("output", ["closed", "a pipe nobody reads any more"])
+def test_a_stop_is_saved_whatever_the_output_is(long_run, tmp_path, output, number):
+    if output == "closed":
+        process = long_run(preexec_fn=lambda: (os.close(1), os.close(2)))
+    else:
+        process = long_run(stderr=subprocess.STDOUT)
+        process.stdout.close()
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number or output.startswith("a pipe")
+    assert saved_after_the_start(tmp_path)
+
+
+def test_a_full_disk_under_its_output_ends_no_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(script.signal, "signal", lambda *args: None)
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        stop = script.Stop()
+        stop.tell("iteration 20: ...")
+        stop.tell("iteration 40: ...")
+        monkeypatch.undo()
+        assert not stop.requested
+        with pytest.raises(OSError):
+            full.close()
+
+
+def test_a_terminal_that_is_closed_ends_the_run_saved(long_run, tmp_path):
+    terminal, line = pty.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(line, termios.TIOCSCTTY, 0)
+
+    process = long_run(stdin=line, stdout=line, stderr=line, start_new_session=True,
+                       preexec_fn=take_terminal)
+    os.close(line), os.close(terminal)  # the system sends SIGHUP, and writing fails from now on
+    assert process.wait(60) == 128 + signal.SIGHUP and saved_after_the_start(tmp_path)
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_pipe_too_is_saved(tiny_text, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *TINY, "--data_path", tiny_text,
+               "--out_dir", tmp_path / "run", "--max_iters", 100_000, "--eval_interval", 20]
+    pipeline = f"{shlex.join(map(str, command))} 2>&1 | tee {tmp_path / 'log'}"
+    process = subprocess.Popen(["bash", "-c", pipeline], start_new_session=True,
+                               stdout=subprocess.DEVNULL)
+    wait_for((tmp_path / "run" / "last.pt.old").exists, process)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(60)
+    while True:  # the shell need not wait for it
+        with contextlib.suppress(ValueError):
+            script.lock(tmp_path / "run").close()
+            break
+        time.sleep(0.1)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["iteration"] > 20
+
+
+def test_a_run_ends_saved_where_its_reader_has_gone(long_run, tmp_path):
+    process = long_run("--eval_interval", 1)
+    process.stdout.close()
+    assert process.wait(60) == 0 and not process.stderr.read()
+    assert saved_after_the_start(tmp_path)
+
+
+def test_a_signal_ignored_from_the_start_stays_ignored(long_run, tmp_path):
+    process = long_run(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # nohup
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM and saved_after_the_start(tmp_path)
+
+
+def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_first_passed_on(monkeypatch, capfd):
+    clock = iter([10, 10.1, 12])
+    monkeypatch.setattr(script.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
+    stop = script.Stop()
+    stop.note(signal.SIGINT, None)
+    stop.note(signal.SIGINT, None)  # from torchrun, say, after the terminal's
+    with pytest.raises(KeyboardInterrupt):
+        stop.note(signal.SIGINT, None)
+    assert stop.requested and stop.status == 130
+    assert capfd.readouterr().err == "\nfinishing, then saving\n"
+
+
+# ---- resuming what is damaged, moved or another ----
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:5000]),
                                     lambda path: path.write_bytes(b""), lambda path: path.unlink()])
