@@ -958,7 +958,7 @@ def choose_tokenizer(args: argparse.Namespace, text: str) -> BasicTokenizer:
         texts = {trained_on[network] for network, needed in digests(folder, "tokenizer").items()
                  if needed == tokenizer.fingerprint}
         if args.init_from or args.resume or text_digest(tokens) in texts or texts <= {None}:
-            if tokenizer.vocab_size != args.vocab_size:
+            if not args.init_from and tokenizer.vocab_size != args.vocab_size:
                 raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, "
                                  f"not {args.vocab_size}: use --vocab_size "
                                  f"{tokenizer.vocab_size}, or another --out_dir")

@@ -254,6 +254,34 @@ def test_the_pretrained_network_serves_until_there_is_a_run_of_ones_own(tmp_path
     assert tok.default_run("model.pt") == tmp_path
 
 
+def network_of(path, fingerprint):
+    """Writes what a checkpoint is, as far as a tokenizer is concerned."""
+    import torch
+
+    named = {} if fingerprint is None else {"text": "0" * 64, "tokenizer": fingerprint}
+    torch.save({"config": {}, "model": {"x": torch.rand(99)}} | named | {"iteration": 1}, path)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "last.pt", "last.pt.old", "model_int8.pt", "my.pt"])
+def test_a_tokenizer_that_a_network_needs_is_not_replaced(small, name):
+    network_of(small.out_dir / name, small.fingerprint)
+    before = {path: path.read_bytes() for path in small.out_dir.iterdir()}
+    with pytest.raises(ValueError, match=f"{name} was trained with another tokenizer"):
+        BasicTokenizer(small.data_path, 259, out_dir=small.out_dir)
+    BasicTokenizer(small.data_path, 260, out_dir=small.out_dir)  # the same once more
+    assert {path: path.read_bytes() for path in small.out_dir.iterdir()} == before
+    BasicTokenizer(small.data_path, 259, out_dir=small.out_dir / "another")
+    assert BasicTokenizer(small.data_path, 259, out_dir=None).vocab_size == 259  # writes nothing
+
+
+def test_files_that_name_no_tokenizer_are_no_obstacle(small):
+    network_of(small.out_dir / "model.pt", None)  # a published one, say
+    (small.out_dir / "last.pt").write_bytes(b"damaged")
+    (small.out_dir / "a folder.pt").mkdir()
+    BasicTokenizer(small.data_path, 259, out_dir=small.out_dir)
+    assert BasicTokenizer(out_dir=small.out_dir).vocab_size == 259
+
+
 def test_fingerprints_differ_where_merges_do():
     assert tokenizer_of({(97, 98): 256}).fingerprint != tokenizer_of({(97, 99): 256}).fingerprint
 

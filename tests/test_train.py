@@ -527,6 +527,172 @@ def test_a_new_run_moves_the_earlier_one_aside(train, tiny_run, capsys):
     assert [row["iteration"] for row in metrics(tiny_run)] == [0, 2]
 
 
+def test_the_run_moved_aside_could_be_resumed_only_where_it_could(train, tiny_run, capsys):
+    train(tiny_run, "--max_iters", 1)
+    assert "(--resume would have continued it)" in capsys.readouterr().out
+    for path in tiny_run.glob("last.pt*"):
+        path.unlink()
+    train(tiny_run, "--max_iters", 1)
+    printed = capsys.readouterr().out
+    assert "moved the earlier run to" in printed and "--resume would" not in printed
+
+
+def test_a_refused_run_prints_no_note_of_a_changed_flag(resume, tiny_run, capsys):
+    with pytest.raises(ValueError, match="has another network"):
+        resume(tiny_run, "--n_layer", 3)
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_a_run_is_resumed_where_it_was_moved_with_its_text_and_teacher(
+        train, resume, tiny_text, tiny_run, tmp_path, monkeypatch, capsys):
+    project = tmp_path / "project"
+    (project / "runs").mkdir(parents=True)
+    shutil.copy(tiny_text, project / "text.txt")
+    shutil.copytree(tiny_run, project / "runs" / "teacher")
+    train(project / "runs" / "a", "--data_path", project / "text.txt", "--max_iters", 2,
+          "--teacher", project / "runs" / "teacher" / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    for number, place in enumerate(("renamed", "deep/er/renamed"), 3):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        project = project.rename(tmp_path / place)
+        resume(f"{place}/runs/a", "--max_iters", number)  # seen from here
+        assert capsys.readouterr().out.count("note:") == 1  # --max_iters
+    shutil.move(project / "runs" / "a", tmp_path / "alone")
+    resume(tmp_path / "alone", "--max_iters", 5)  # text and teacher are where they were
+    assert losses(tmp_path / "alone")[5]
+    (project / "text.txt").unlink()
+    with pytest.raises(ValueError, match=f"no text at {project / 'text.txt'}"):
+        resume(tmp_path / "alone", "--max_iters", 6)
+
+
+def test_the_default_text_of_a_moved_repository_is_found_at_the_default_place(
+        train, resume, tiny_text, tmp_path, monkeypatch, capsys):
+    old, new = tmp_path / "old" / "input.txt", tmp_path / "new" / "input.txt"
+    for path in old, new:
+        path.parent.mkdir()
+        shutil.copy(tiny_text, path)
+    train(tmp_path / "a", "--data_path", old, "--max_iters", 2)
+    old.unlink()
+    monkeypatch.setattr(script, "DEFAULT_TEXT", new)
+    resume(tmp_path / "a", "--max_iters", 3)
+    new.write_text("quite another text. " * 500)
+    with pytest.raises(ValueError, match="not those this run began with"):
+        resume(tmp_path / "a", "--max_iters", 4)
+
+
+# ---- which tokenizer ----
+
+@pytest.fixture
+def other_text(tmp_path):
+    path = tmp_path / "other.txt"
+    path.write_text("".join(f"{n * n} bottles hang on wall {n}\n" for n in range(600)))
+    return path
+
+
+def test_another_text_sets_aside_the_run_and_its_tokenizer_together(train, tiny_run, other_text,
+                                                                    capsys):
+    old = BasicTokenizer(out_dir=tiny_run)
+    shutil.copy(tiny_run / "model.pt", tiny_run / "best.pt")  # a name of the user's
+    train(tiny_run, "--data_path", other_text, "--max_iters", 2)
+    assert "is on another text" in capsys.readouterr().out
+    new = BasicTokenizer(out_dir=tiny_run)
+    assert new.merges == BasicTokenizer(other_text, 300, out_dir=None).merges != old.merges
+    load_model(tiny_run / "model.pt", new.fingerprint)
+    for name in "model.pt", "best.pt":
+        load_model(tiny_run / "earlier-1" / name, old.fingerprint)
+    assert BasicTokenizer(out_dir=tiny_run / "earlier-1").merges == old.merges
+    train(tiny_run, "--data_path", other_text, "--max_iters", 2)  # the same text: the same tokens
+    assert BasicTokenizer(out_dir=tiny_run / "earlier-2").merges == new.merges
+    assert "bytes a token of this text" in capsys.readouterr().out
+
+
+def test_a_tokenizer_alone_is_used_and_told_of(train, tiny_run, other_text, capsys):
+    for path in tiny_run.glob("*.pt*"):
+        path.unlink()
+    before = (tiny_run / "merges.pkl").read_bytes()
+    train(tiny_run, "--data_path", other_text, "--max_iters", 1)
+    assert (tiny_run / "merges.pkl").read_bytes() == before
+    tokens = BasicTokenizer(out_dir=tiny_run).encode_array(other_text.read_bytes())
+    ratio = other_text.stat().st_size / len(tokens)
+    assert f"using the tokenizer that is in {tiny_run}: {ratio:.2f} bytes a token" in (
+        capsys.readouterr().out)
+
+
+def test_a_network_whose_tokenizer_was_lost_is_filed_with_no_other(train, tiny_run, other_text):
+    for name in "merges.pkl", "vocab.pkl":
+        (tiny_run / name).rename(tiny_run / f"lost {name}")
+    train(tiny_run, "--data_path", other_text, "--max_iters", 1)
+    assert not (tiny_run / "earlier-1" / "merges.pkl").exists()
+    assert (tiny_run / "earlier-1" / "model.pt").exists()
+
+
+def test_a_tokenizer_that_was_lost_and_is_learned_again_is_filed_with_its_network(train, tiny_run):
+    (tiny_run / "merges.pkl").unlink()
+    train(tiny_run, "--max_iters", 1)
+    fingerprint = BasicTokenizer(out_dir=tiny_run / "earlier-1").fingerprint
+    load_model(tiny_run / "earlier-1" / "model.pt", fingerprint)
+
+
+def test_a_start_that_is_refused_leaves_nothing(train, finished_run, other_text, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the cat sat on the mat. " * 20)  # long enough in bytes, not in tokens
+    for flags, message in ((["--data_path", short, "--vocab_size", 270], "too short"),
+                           (["--data_path", other_text, "--vocab_size", 10_000], "vocab_size can"),
+                           (["--data_path", other_text, "--teacher", finished_run / "model.pt"],
+                            "with another tokenizer")):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "run", *flags)
+        assert not (tmp_path / "run").exists()
+
+
+# ---- starting from another network ----
+
+def test_a_run_starts_from_another_network_on_another_text(train, train_here, resume, finished_run,
+                                                           tiny_text, other_text, tmp_path):
+    model = shutil.copytree(finished_run, tmp_path / "source") / "model.pt"
+    _, entries = load_model(model)
+    flags = ["--device", "cpu", "--batch_size", 4, "--init_from", model]
+    train_here(*flags, "--data_path", tiny_text, "--out_dir", tmp_path / "same", "--max_iters", 1)
+    assert losses(tmp_path / "same")[0][1] == pytest.approx(entries["val_loss"])
+    flags += ["--data_path", other_text, "--preset", "fast", "--max_iters", 4]
+    train_here(*flags, "--out_dir", tmp_path / "run")
+    train(tmp_path / "nothing", "--data_path", other_text, "--max_iters", 1)
+    assert losses(tmp_path / "run")[0][1] < losses(tmp_path / "nothing")[0][1]
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last["config"] == entries["config"] | {"dropout": 0.1, "attention_dropout": 0.0}
+    assert last["tokenizer"] == entries["tokenizer"] != load_checkpoint(
+        tmp_path / "nothing" / "last.pt")["tokenizer"]
+    train_here(*flags, "--out_dir", tmp_path / "stopped", "--max_iters", 2, "--lr_decay_iters", 4)
+    shutil.rmtree(tmp_path / "source")
+    resume(tmp_path / "stopped", "--max_iters", 4)  # which needs the other network no more
+    assert same_weights(tmp_path / "stopped", tmp_path / "run")
+
+
+def test_a_network_that_no_run_can_start_from_is_refused(train_here, quantized_run, tiny_text,
+                                                         tmp_path, capsys):
+    (tmp_path / "alone").mkdir()
+    alone = shutil.copy(quantized_run / "model.pt", tmp_path / "alone")
+    flags = ["--device", "cpu", "--data_path", tiny_text, "--out_dir", tmp_path / "run"]
+    for model, message in ((quantized_run / "model_int8.pt", "is int8: name the model.pt"),
+                           (tiny_text, "is not a checkpoint"), (alone, "no merges.pkl beside")):
+        with pytest.raises(ValueError, match=message):
+            train_here(*flags, "--init_from", model)
+    shutil.copy(PRETRAINED / "vocab.pkl", tmp_path / "alone")
+    shutil.copy(PRETRAINED / "merges.pkl", tmp_path / "alone")
+    with pytest.raises(ValueError, match="was trained with another tokenizer"):
+        train_here(*flags, "--init_from", alone)
+    model = quantized_run / "model.pt"
+    for more, message in ((["--n_layer", 3], "--n_layer 3 differs from that of --init_from"),
+                          (["--vocab_size", 500], "--vocab_size 500 differs"),
+                          (["--out_dir", quantized_run], "lies in --out_dir"),
+                          (["--init_from", tmp_path / "none.pt"], "no file at --init_from"),
+                          (["--resume", "--out_dir", quantized_run], "needs it no more")):
+        with pytest.raises(SystemExit) as end:
+            train_here(*flags, "--init_from", model, *more)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # ---- teachers ----
 
 def test_what_a_teacher_expects_is_mixed_with_what_came(finished_run):
@@ -779,6 +945,13 @@ def test_two_processes_with_a_teacher_resume_bit_for_bit(tiny_text, finished_run
     run_two(stopped, tiny_text, "--resume")
     assert losses(stopped) == losses(tmp_path / "unbroken")
     assert same_weights(stopped, tmp_path / "unbroken")
+
+
+def test_two_processes_start_from_another_network_with_a_teacher(finished_run, tiny_text, tmp_path):
+    model = finished_run / "model.pt"
+    run_two(tmp_path / "two", tiny_text, "--init_from", model, "--teacher", model, "--max_iters", 1)
+    expected = min(row["val_loss"] for row in metrics(finished_run))
+    assert losses(tmp_path / "two")[0][1] == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_interrupt_ends_all_processes_and_saves(tiny_text, tmp_path):
