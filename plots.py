@@ -21,6 +21,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import PowerNorm
@@ -28,7 +29,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from tokenizer import BasicTokenizer, atomic_write, default_run, run_script, visible
+from tokenizer import (
+    BasicTokenizer,
+    atomic_write,
+    default_run,
+    note,
+    note_file,
+    run_script,
+    visible,
+)
 
 # ---- reading ----
 
@@ -381,20 +390,23 @@ def draw_relu_gradients(metrics: Metrics, histograms: dict, row: int) -> Figure:
     return figure
 
 
-def draw_attention(tokens: list[str], weights: np.ndarray) -> Figure:
-    """Draws the weights (n_layer, n_head, T, T): what each of T tokens (rows) takes from others."""
+def draw_attention(tokens: list[str], weights: np.ndarray, fonts: list[str]) -> Figure:
+    """Draws the weights (n_layer, n_head, T, T): what each of T tokens (rows) takes from others.
+
+    The fonts have those characters of the tokens that Matplotlib's own lack.
+    """
     n_layer, n_head, T, _ = weights.shape
     side = max(WIDTH / (n_head + 0.7), 0.055 * T)  # inches; wide enough for labels to be read
     figure = Figure(figsize=(side * (n_head + 0.7), side * n_layer + 1))
     grid = figure.subplots(n_layer, n_head, squeeze=False, sharex=True, sharey=True)
-    small = min(7, 75 * side / T)
+    style = {"fontsize": min(7, 75 * side / T), "family": ["sans-serif", *fonts]}
     for (layer, head), axes in np.ndenumerate(grid):
         shares = np.where(np.tri(T, dtype=bool), weights[layer, head], np.nan)
         # the square root sets small shares apart from none
         picture = axes.imshow(shares, cmap="viridis", norm=PowerNorm(0.5, 0, 1))
         axes.grid(False)
-        axes.set_xticks(range(T), tokens, fontsize=small, rotation=90)
-        axes.set_yticks(range(T), tokens, fontsize=small)
+        axes.set_xticks(range(T), tokens, **style, rotation=90)
+        axes.set_yticks(range(T), tokens, **style)
         axes.tick_params(length=0, pad=1)
         if layer == 0:
             axes.set_title(f"head {head + 1}", fontsize=8)
@@ -406,7 +418,8 @@ def draw_attention(tokens: list[str], weights: np.ndarray) -> Figure:
     return figure
 
 
-def draw_expected(ids: list[int], labels: list[str], probs: np.ndarray) -> Figure:
+def draw_expected(ids: list[int], labels: list[str], probs: np.ndarray,
+                  fonts: list[str]) -> Figure:
     """Draws the text: each token as dark as it was expected, and above it what was likeliest."""
     targets, before = ids[1:], probs[:-1]
     lines = math.ceil(len(targets) / 10)
@@ -420,11 +433,11 @@ def draw_expected(ids: list[int], labels: list[str], probs: np.ndarray) -> Figur
         shade = matplotlib.colormaps["Blues"](0.85 * share)
         black, grey = ("white", "white") if share > 0.55 else ("black", "#444444")
         axes.add_patch(Rectangle((column, row), 0.96, 0.55, color=shade))
-        write(x, row + 0.22, labels[token], family="monospace", fontsize=11, color=black)
+        write(x, row + 0.22, labels[token], family=["monospace", *fonts], fontsize=11, color=black)
         write(x, row + 0.44, f"{share:.1%}", fontsize=6.5, color=grey)
         if likeliest != token:
             write(x, row - 0.12, f"{labels[likeliest]} {expected[likeliest]:.0%}",
-                  family="monospace", fontsize=7, color=GREY)
+                  family=["monospace", *fonts], fontsize=7, color=GREY)
     nats = -np.log(before[np.arange(len(targets)), targets]).mean()
     axes.set(xlim=(0, per_line), ylim=(lines - 0.35, -0.3))
     axes.axis("off")
@@ -432,6 +445,39 @@ def draw_expected(ids: list[int], labels: list[str], probs: np.ndarray) -> Figur
              f"a perplexity of {np.exp(nats):.1f}", "The darker a token, the likelier the network "
              "thought it before it read it; above, in grey, a likelier one.")
     return figure
+
+
+def fonts_for(text: str) -> list[str]:
+    """Returns fonts of this system for the characters of a text that Matplotlib's own lack.
+
+    A note names those that no font has.
+    """
+    own = [font_manager.findfont(name) for name in ("DejaVu Sans", "DejaVu Sans Mono")]
+    lacking, names = set(text) - (characters(own[0]) & characters(own[1])), []
+    if not lacking:
+        return []
+    paths = sorted(font_manager.findSystemFonts(), key=lambda path: ("Regular" not in path, path))
+    found = {path: characters(path) & lacking for path in [own[0], *paths]}
+    for path in sorted(found, key=lambda path: -len(found[path])):
+        if found[path] & lacking:
+            font_manager.fontManager.addfont(path)
+            names.append(font_manager.get_font(path).family_name)
+            lacking -= found[path]
+    if lacking:
+        note(f"no font here has {' '.join(sorted(lacking))}, drawn as boxes: install one that has, "
+             "as Noto Sans CJK or Noto Emoji, or draw with --format svg and look at it elsewhere")
+    return names
+
+
+def characters(path: str) -> set[str]:
+    """Returns the characters that a font file has; none if it cannot be drawn, as color emoji."""
+    try:
+        font = font_manager.get_font(path)
+        font.set_size(10, 72)
+    except (RuntimeError, OSError):
+        return set()
+    placeholders = "lastresort" in font.family_name.lower().replace(" ", "")  # for all of Unicode
+    return set() if placeholders else set(map(chr, font.get_charmap()))
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -466,9 +512,12 @@ def draw_all(out_dir: Path, suffix: str) -> None:
 
 def draw_reading(out_dir: Path, text: str, suffix: str) -> None:
     """Draws how the network in `out_dir` reads `text`. Raises ValueError or OSError."""
+    note_file(text, "give what the file holds instead")
     ids, labels, weights, probs = read_text_with_network(out_dir, text)
-    save(draw_attention([labels[token] for token in ids], weights), out_dir / f"attention.{suffix}")
-    save(draw_expected(ids, labels, probs), out_dir / f"expected.{suffix}")
+    tokens = [labels[token] for token in ids]
+    fonts = fonts_for("".join(tokens + [labels[token] for token in probs.argmax(-1)]))
+    save(draw_attention(tokens, weights, fonts), out_dir / f"attention.{suffix}")
+    save(draw_expected(ids, labels, probs, fonts), out_dir / f"expected.{suffix}")
 
 
 def parse_args() -> argparse.Namespace:

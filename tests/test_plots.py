@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import plots
-from conftest import ROOT, complaint, run
+from conftest import ROOT, TINY, complaint, run
 from model import load_model
 from tokenizer import run_script
 
@@ -352,6 +352,48 @@ def test_a_text_no_picture_can_hold_is_one_line(finished_run, draw, text):
 def test_tokens_that_cannot_be_printed_have_labels():
     assert [plots.label(b) for b in (b"e ", b"\n", b"\xe2", "\u00e9".encode(), b"\x00")] == [
         "e\N{OPEN BOX}", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\\xe2", "\u00e9", "\\x00"]
+
+
+def test_characters_that_matplotlib_lacks_come_from_a_font_of_the_system(monkeypatch, capsys):
+    import tokenizer
+
+    stix = plots.font_manager.findfont("STIXGeneral")
+    monkeypatch.setattr(plots.font_manager, "findSystemFonts", lambda: [stix])
+    odd = "\N{LATIN SMALL LETTER D WITH PALATAL HOOK}"  # in STIX alone
+    assert plots.fonts_for("ROMEO: But soft \N{OPEN BOX} caf\u00e9 \u03b1 \u0436") == []
+    assert plots.fonts_for(f"a{odd}") == ["STIXGeneral"]
+    assert plots.fonts_for("\u01fa") == ["DejaVu Sans"]  # which its monospaced sister lacks
+    assert capsys.readouterr().err == ""
+    for fonts in [stix, "/no/such/font"], []:  # a file that is no font, or has gone
+        monkeypatch.setattr(plots.font_manager, "findSystemFonts", lambda fonts=fonts: fonts)
+        tokenizer.note.cache_clear()
+        assert plots.fonts_for(f"\u4f60{odd}\u597d") == ["STIXGeneral"][:len(fonts)]
+        line = capsys.readouterr().err
+        assert line.startswith("note: no font here has ") and line.count("\n") == 1
+        assert "\u4f60" in line and "\u597d" in line and (odd in line) == (not fonts)
+
+
+@pytest.fixture(scope="session")
+def chinese_run(tmp_path_factory):
+    """The folder of a tiny network trained on a text in Chinese, which has characters as tokens."""
+    folder = tmp_path_factory.mktemp("chinese")
+    lines = [f"\u4f60\u597d\uff0c{who}\u3002\n" for who in "\u5929\u5730\u4eba"]
+    (folder / "text.txt").write_text("".join(lines * 130), encoding="utf-8")
+    process = run("train.py", *TINY, "--vocab_size", 270, "--data_path", folder / "text.txt",
+                  "--out_dir", folder, "--max_iters", 1)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_text_in_chinese_is_drawn_without_a_warning(chinese_run, suffix):
+    process = run("plots.py", "--out_dir", chinese_run, "--format", suffix, "--attention",
+                  "\u4f60\u597d\uff0c\u5929", env=os.environ | {"PYTHONWARNINGS": "error"})
+    assert process.returncode == 0, process.stderr
+    if suffix == "svg":
+        assert "\u4f60\u597d" in texts(chinese_run, "attention")
+    notes = process.stderr.splitlines()
+    assert not notes or len(notes) == 1 and notes[0].startswith("note: no font here has ")
 
 
 def test_labels_and_legends_do_not_outgrow_their_place(folder):

@@ -188,6 +188,28 @@ def test_every_flag_at_below_and_above_its_bounds(command, monkeypatch, capsys):
     assert given("--nonsense")[0] == 2
 
 
+def test_patterns_that_the_shell_left_alone_stand_for_their_files(tmp_path, monkeypatch, capsys):
+    """On Windows, *.txt reaches a program as it is."""
+    files = [tmp_path / name for name in ("best-1.pt", "best-2.pt", "one [1].txt", "[1].txt")]
+    for path in files:
+        path.touch()
+    flags = ["--teacher", str(tmp_path / "best-*.pt"), str(files[2]), str(tmp_path / "?ne*")]
+    assert train.parse_args(flags)[0].teacher == [str(files[place]) for place in (0, 1, 2, 2)]
+    with pytest.raises(SystemExit):
+        train.parse_args(["--teacher", str(tmp_path / "none-*")])
+    assert "no file at --teacher" in capsys.readouterr().err
+    for script, flag in (generate, "--checkpoint"), (generate, "--prompt_file"), (
+            quantize, "--checkpoint"):
+        for given, expected in (tmp_path / "*2.pt", files[1]), (files[3], files[3]), (
+                tmp_path / "none-*", tmp_path / "none-*"):
+            monkeypatch.setattr(sys, "argv", ["x", flag, str(given)])
+            assert vars(script.parse_args())[flag[2:]] == expected
+        monkeypatch.setattr(sys, "argv", ["x", flag, str(tmp_path / "best*")])
+        with pytest.raises(SystemExit):
+            script.parse_args()
+        assert "best* stands for 2 files: name one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--n_embd", 10**9], ["--batch_size", 10**13],
                                    ["--eval_iters", 10**13], ["--n_embd", 10**18]])
 def test_more_than_the_memory_is_known_as_such(tiny_text, tmp_path, train_here, flags):
