@@ -4,6 +4,7 @@
     python tests/bench.py tokenizer --megabytes 1,10,100   # time and memory against the text's size
     python tests/bench.py train         # an iteration, against the textbook network's
     python tests/bench.py sample        # tokens a second, against the textbook's and Hugging Face's
+    OMP_NUM_THREADS=1 python tests/bench.py sample --beside     # on one core, beside a training
     python tests/bench.py loss          # the validation loss in each way in which it is spoken of
     python tests/bench.py quantize      # ways to quantize a trained network, against float32
 
@@ -19,14 +20,20 @@ import io
 import math
 import os
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if "OPENBLAS_NUM_THREADS" not in os.environ:  # as in generate.py
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    import numpy  # noqa: F401
+    del os.environ["OPENBLAS_NUM_THREADS"]
 
 import numpy as np
 
@@ -317,8 +324,52 @@ def hugging_face_gpt2(config: GPTConfig, device: torch.device) -> torch.nn.Modul
     )).eval().to(device)
 
 
+@contextlib.contextmanager
+def training() -> Iterator[None]:
+    """Lets train.py run beside, with its defaults, as soon as it has measured its first loss."""
+    script = Path(__file__).resolve().parent.parent / "train.py"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, script, "--out_dir", folder, "--device", "cpu"]
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+        try:
+            if not any("loss" in line for line in process.stdout):
+                raise ValueError("train.py ended before its first loss")
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+
+def llama2c(folder: Path, inner: int, config: GPTConfig, rates: list[float]) -> Callable:
+    """Returns a function that lets llama2.c fill a context and appends its tokens a second.
+
+    The network is LLaMA's, untrained, with three matrices to its feed-forward, `inner` wide. Writes
+    it to folder, where `run` is the program.
+    """
+    C, H, L, V = config.n_embd, config.n_head, config.n_layer, config.vocab_size
+    T, weights, tokens = config.block_size, folder / f"{inner}.bin", folder / "tokens.bin"
+    sizes = np.array([C, inner, L, H, H, -V, T], np.int32)  # -V: a head of its own
+    n = 2 * V * C + L * (4 * C * C + 3 * C * inner + 2 * C) + C + T * C
+    numbers = np.random.default_rng(0).normal(0, 0.02, n).astype(np.float32)
+    weights.write_bytes(sizes.tobytes() + numbers.tobytes())
+    tokens.write_bytes(struct.pack("i", 4) + b"".join(
+        struct.pack("fi4s", 0, 4, b"%04d" % token) for token in range(V)))
+    command = [folder / "run", weights, "-z", tokens, "-n", str(T), "-p", "1"]  # no top_p
+
+    def run():
+        process = subprocess.run(command, check=True, capture_output=True)
+        rates.append(float(process.stderr.split()[-1]))  # "achieved tok/s: X", but for its start
+    return run
+
+
 def bench_sample(args: argparse.Namespace) -> None:
-    """Prints tokens a second: past a full context; of 64 streams and GPT-2, up to a full one."""
+    """Prints tokens a second: past a full context; of 64 streams and others, up to a full one."""
+    with training() if args.beside else contextlib.nullcontext():
+        compare_samplers(args)
+
+
+def compare_samplers(args: argparse.Namespace) -> None:
     import torch
 
     from model import GPT, GPTConfig, choose_device
@@ -332,6 +383,7 @@ def bench_sample(args: argparse.Namespace) -> None:
     one = full[:, :1]
     samplers = {  # a function, in which tolist waits for a GPU, and how many tokens it makes
         "textbook": (lambda: textbook.generate(full, 60).tolist(), 60),
+        "ours, one context": (lambda: network.generate(one, 255).tolist(), 255),
         "ours, one stream": (lambda: network.generate(full, 1000).tolist(), 1000),
         "ours, ten times as long": (lambda: network.generate(full, 10_000).tolist(), 10_000),
         "ours, 64 streams": (lambda: network.generate(one.expand(64, -1), 255).tolist(), 64 * 255),
@@ -340,12 +392,23 @@ def bench_sample(args: argparse.Namespace) -> None:
         gpt2 = hugging_face_gpt2(config, device)
         samplers["Hugging Face GPT-2"] = (lambda: gpt2.generate(
             one, max_new_tokens=250, min_new_tokens=250, do_sample=True).tolist(), 250)
-    for run, _ in samplers.values():  # warms up
-        run()
-    times = alternate([run for run, _ in samplers.values()], args.repeats)
+    own = {}  # tokens a second as llama2.c itself counts them, without its start
+    with tempfile.TemporaryDirectory() as folder:
+        if args.llama2c:
+            subprocess.run(["cc", "-Ofast", "-march=native", "-fopenmp", args.llama2c / "run.c",
+                            "-o", f"{folder}/run", "-lm"], check=True)
+            for name, inner in (("llama2.c, as wide", 4 * config.n_embd),
+                                ("llama2.c, as many weights", round(8 * config.n_embd / 3))):
+                own[name] = []
+                samplers[name] = llama2c(Path(folder), inner, config, own[name]), 0
+        for run, _ in samplers.values():  # warms up
+            run()
+        times = alternate([run for run, _ in samplers.values()], args.repeats)
     rates = {name: count / time_ for (name, (_, count)), time_ in zip(samplers.items(), times)}
+    rates |= {name: statistics.median(rates[1:]) for name, rates in own.items()}
+    print(f"{torch.get_num_threads()} threads" + ", a training beside" * args.beside)
     for name, rate in rates.items():
-        print(f"{name:24}{rate:10,.0f} tokens/s{rate / rates['textbook']:8.1f} times the textbook")
+        print(f"{name:26}{rate:10,.0f} tokens/s{rate / rates['textbook']:8.1f} times the textbook")
 
 
 # ---- loss ----
@@ -532,8 +595,11 @@ def parse_args() -> argparse.Namespace:
                      help="sequences in a batch (default: 64)")
     sub.add_argument("--nanogpt", type=Path, metavar="FOLDER",
                      help="a clone of nanoGPT, to compare with it, too")
-    command(bench_sample, "sampling, against the textbook's and, where it is installed, that of "
-            "Hugging Face's transformers", 5)
+    sub = command(bench_sample, "sampling, against the textbook's and, where it is installed, that "
+                  "of Hugging Face's transformers", 5)
+    sub.add_argument("--llama2c", type=Path, metavar="FOLDER",
+                     help="a clone of llama2.c, to compare with it, too: needs a C compiler")
+    sub.add_argument("--beside", action="store_true", help="while train.py runs, on all cores")
     command(bench_loss, "the validation loss, exact, of random batches, and past the window")
     command(bench_quantize, "ways to quantize a trained network, against float32", 5)
     return parser.parse_args()
