@@ -12,9 +12,9 @@ import time
 import types
 
 import pytest
-from conftest import ROOT, TINY, run
 from jupyter_client.manager import start_new_kernel
 
+from conftest import ROOT, TINY, run
 from model import load_checkpoint
 
 PATH = ROOT / "train.ipynb"
@@ -94,7 +94,9 @@ def test_its_first_cell_says_what_to_put_there(tmp_path):
 
 @pytest.fixture
 def kernel(tiny_text, tmp_path):
-    """A kernel in a clone whose training cell trains a tiny network for long: (run cell, manager).
+    """A kernel in a clone, where the training cell takes a tiny network and long.
+
+    Gives a function that starts a cell, the kernel's manager, and the folder of the run.
     """
     clone = tmp_path / "clone"
     (clone / "data").mkdir(parents=True)
@@ -150,7 +152,7 @@ def test_an_interrupted_training_cell_saves_and_goes_on_when_run_again(kernel, g
     for _ in range(2):
         before = iteration(folder)
         wait = run_cell("train-code")
-        wait_until(lambda: iteration(folder) > max(before, 1))
+        wait_until(lambda before=before: iteration(folder) > max(before, 1))
         interrupt = os.killpg if group else os.kill
         interrupt(manager.provisioner.pid, signal.SIGINT)
         assert wait()["ename"] == "KeyboardInterrupt"
