@@ -333,7 +333,7 @@ class BasicTokenizer:
         try:
             return b"".join([self.vocab[token] for token in map(operator.index, ids)])
         except TypeError as error:
-            raise ValueError(f"these are not the ids of one text: {error}") from None
+            raise ValueError(f"these are not the ids of one text, whole numbers: {error}") from None
         except KeyError as error:
             raise ValueError(f"there is no token {error}: "
                              f"the ids are 0 to {self.vocab_size - 1}") from None

@@ -57,6 +57,7 @@ from tokenizer import (
     bounded,
     digests,
     matching,
+    one_file,
     out_of_memory,
     read_text,
     run_script,
@@ -1122,9 +1123,9 @@ def make_parser() -> argparse.ArgumentParser:
     files.add_argument("--teacher", type=lambda path: str(absolute(path)), nargs="+", default=[],
                        metavar="MODEL.PT", help="networks trained with the same tokenizer, whose "
                        "expectations this one learns, too (default: it learns from the text alone)")
-    files.add_argument("--init_from", type=absolute, metavar="MODEL.PT",
-                       help="network whose weights, and the tokenizer beside it, a new run starts "
-                       "from, on any text (default: random weights)")
+    files.add_argument("--init_from", type=lambda path: absolute(one_file(path)),
+                       metavar="MODEL.PT", help="network whose weights, and the tokenizer beside "
+                       "it, a new run starts from, on any text (default: random weights)")
     files.add_argument("--resume", action="store_true",
                        help="go on from last.pt in --out_dir, with its flags unless given anew")
     for title, flags in FLAGS.items():

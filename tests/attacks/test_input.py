@@ -198,6 +198,8 @@ def test_patterns_that_the_shell_left_alone_stand_for_their_files(tmp_path, monk
     with pytest.raises(SystemExit):
         train.parse_args(["--teacher", str(tmp_path / "none-*")])
     assert "no file at --teacher" in capsys.readouterr().err
+    flags = ["--init_from", str(tmp_path / "*2.pt")]
+    assert train.make_parser().parse_args(flags).init_from == files[1].resolve()
     for script, flag in (generate, "--checkpoint"), (generate, "--prompt_file"), (
             quantize, "--checkpoint"):
         for given, expected in (tmp_path / "*2.pt", files[1]), (files[3], files[3]), (
