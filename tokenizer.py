@@ -15,6 +15,7 @@ import codecs
 import functools
 import glob
 import hashlib
+import itertools
 import math
 import operator
 import os
@@ -736,7 +737,8 @@ def visible(token: bytes) -> str:
 # ---- what all scripts share: reading texts ----
 
 ENCODINGS = [  # in the order tried: name, signs of its languages, their share of all non-ASCII ones
-    ("Shift_JIS", "[ぁ-ヿ]", 0.3), ("EUC-JP", "[ぁ-ヿ]", 0.3), ("EUC-KR", "[가-힣]", 0.7),
+    ("Shift_JIS", "[ぁ-ヿ]", 0.3), ("CP932", "[ぁ-ヿ]", 0.3), ("EUC-JP", "[ぁ-ヿ]", 0.3),
+    ("EUC-KR", "[가-힣]", 0.7), ("CP949", "[가-힣]", 0.7),
     ("GBK", "[的一是不了在人有我他之也其而以]", 0.05),
     ("Big5", "[的一是不了在人有我他之也其而以]", 0.05),
     ("Windows-1251", "(?<=[а-я])[аеиностё]", 0.3), ("KOI8-R", "(?<=[а-я])[аеиностё]", 0.3),
@@ -823,7 +825,7 @@ def convert(path: str | Path, encoding: str, drop: bool = False) -> str:
     """Returns the command that writes a text anew in UTF-8, without what is amiss if `drop`."""
     if not os.path.exists(path):  # standard input
         return f"iconv -f {encoding} -t UTF-8"
-    new = f"{Path(path).stem}-utf8.txt"
+    new = unused(f"{Path(path).stem}-utf8")
     if shutil.which("iconv"):
         return (f"iconv {'-c ' * drop}-f {encoding} -t UTF-8 {shlex.quote(str(path))} "
                 f"> {shlex.quote(new)}")
@@ -835,13 +837,19 @@ def convert(path: str | Path, encoding: str, drop: bool = False) -> str:
 def together(pattern: Path) -> str:
     """Says how to make one text of all files that a pattern, books/*.txt say, stands for."""
     folder = pattern.parent.resolve()
-    old, new = str(pattern.parent), str(folder.parent / f"{folder.name or 'all'}.txt")
+    old, new = str(pattern.parent), unused(str(folder.parent / (folder.name or "all")))
     command = f"cat {shlex.quote(old)}/{pattern.name} > {shlex.quote(new)}"
     if os.name == "nt":
         texts = f"[p.read_bytes() for p in Path({old!r}).glob({pattern.name!r})]"
         command = ("python -c \"from pathlib import Path; "
                    f"Path({new!r}).write_bytes(b''.join({texts}))\"")
     return f"put its texts into one file with {command}"
+
+
+def unused(stem: str) -> str:
+    """Returns the first of stem.txt, stem-2.txt, stem-3.txt ... that no file has as its name."""
+    names = (f"{stem}{f'-{number}' * (number > 1)}.txt" for number in itertools.count(1))
+    return next(name for name in names if not os.path.exists(name))
 
 
 def matching(pattern: str) -> list[Path]:

@@ -369,6 +369,8 @@ TEXTS = {  # encodings, and a text to be told by
     "Big5": "話說天下大勢，分久必合，合久必分。他說這是他最喜歡的地方，也是我們的。\n",
     "Shift_JIS EUC-JP": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
     "EUC-KR": "나는 오늘 아침에 일찍 일어나서 학교에 갔습니다. 날씨가 매우 좋았다.\n",
+    "CP932": "①吾輩は猫である。～名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
+    "CP949": "펲시콜라를 마시며 뷁이라고 했다. 날씨가 매우 좋았고 점심을 먹었다.\n",
     "Windows-1251 KOI8-R": "Все счастливые семьи похожи друг на друга.\n",
     "Windows-1252": "Größe, Übermut und Füße; l’été, créée à Noël « là-bas » – où ?\n",
     "": "Στην αρχή ήταν ο λόγος, και ο λόγος ήταν προς τον Θεόν.\n",
@@ -447,6 +449,16 @@ def test_of_several_texts_it_says_how_to_make_one(tmp_path, monkeypatch, given):
     if os.name == "posix" and given != "bo*/?.txt":
         subprocess.run(str(error.value).split("into one file with ")[1], shell=True, check=True)
         assert read_text("books.txt") == "one\ntwo\n"
+
+
+def test_no_command_shown_overwrites_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    assert tok.convert("books", "GBK").endswith((" books-utf8.txt", '.read())"'))
+    for name in "books.txt", "books-2.txt", "books-utf8.txt":
+        (tmp_path / name).touch()
+    assert "books-3.txt" in tok.together(Path("books/*"))
+    assert "books-utf8-2.txt" in tok.convert("books", "GBK")
 
 
 def test_a_pattern_that_one_text_matches_is_that_text(tmp_path):
