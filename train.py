@@ -882,8 +882,8 @@ class Stop:
     """Notes what asks a run to end, so that the loop can end between two iterations, and save.
 
     That is Ctrl-C, SIGTERM, a terminal that is closed, or a pipe whose reader has gone. A signal
-    ignored from the start, as `nohup` does, stays ignored. A second Ctrl-C ends at once, unless it
-    comes with the first: a terminal and torchrun, or a notebook, may both pass on the same one.
+    ignored from the start, as `nohup` does, stays ignored. A second Ctrl-C ends at once, but not
+    within three seconds: a terminal and torchrun, or a notebook, may both pass on the same one.
     """
 
     def __init__(self):
@@ -900,7 +900,7 @@ class Stop:
             self.requested, self.status, self.since = True, 128 + number, now
             with contextlib.suppress(OSError):
                 os.write(2, b"\nfinishing, then saving\n")
-        elif number == signal.SIGINT and now - self.since > 1:
+        elif number == signal.SIGINT and now - self.since > 3:
             raise KeyboardInterrupt
 
     def tell(self, line: str) -> None:

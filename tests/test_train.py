@@ -423,7 +423,7 @@ def test_a_signal_ignored_from_the_start_stays_ignored(long_run, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_first_passed_on(monkeypatch, capfd):
-    clock = iter([10, 10.1, 12])
+    clock = iter([10, 12, 14])
     monkeypatch.setattr(script.signal, "signal", lambda *args: None)
     monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
     stop = script.Stop()
