@@ -623,8 +623,8 @@ class Trainer:
                              "leave --muon_lr as it is")
         try:
             self.restore_weights(last)
-            self.restore_random(last)
             self.restore_metrics(last)
+            self.restore_random(last)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError,
                 RuntimeError) as error:
             raise ValueError(f"{args.out_dir / 'last.pt'} does not hold the state of this "
@@ -951,14 +951,15 @@ def choose_tokenizer(args: argparse.Namespace, text: str) -> BasicTokenizer:
     If there is none, or it is that of a run on another text, it learns one, and does not write it.
     Raises ValueError if the one there has another size.
     """
-    folder = args.init_from.parent if args.init_from else args.out_dir
-    if args.init_from or args.resume or (folder / "merges.pkl").exists():
+    folder, told = args.out_dir, args.init_from or args.resume
+    if args.init_from:
+        folder = args.init_from.parent
+    if told or (folder / "merges.pkl").exists():
         tokenizer = BasicTokenizer(out_dir=folder)
         tokens = tokenizer.encode_array(text)
-        trained_on = digests(folder, "text")
-        texts = {trained_on[network] for network, needed in digests(folder, "tokenizer").items()
-                 if needed == tokenizer.fingerprint}
-        if args.init_from or args.resume or text_digest(tokens) in texts or texts <= {None}:
+        texts, needed = digests(folder, "text"), digests(folder, "tokenizer")
+        texts = {texts[network] for network in texts if needed[network] == tokenizer.fingerprint}
+        if told or texts <= {None} or text_digest(tokens) in texts:
             if not args.init_from and tokenizer.vocab_size != args.vocab_size:
                 raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, "
                                  f"not {args.vocab_size}: use --vocab_size "
@@ -1022,8 +1023,11 @@ def make_room(out_dir: Path, tokenizer: BasicTokenizer) -> None:
     needed = digests(out_dir, "tokenizer")
     networks = [path for path in needed if path.name in RUN_FILES or needed[path] and not keep]
     if networks or old and not keep:
-        if old is None and tokenizer.fingerprint in map(needed.get, networks):
-            old = tokenizer  # its files were lost, and it was learned once more
+        named = {needed[path] for path in networks} - {None}
+        if tokenizer.fingerprint in named:
+            old = tokenizer  # perhaps its files were lost, and it was learned once more
+        elif named and keep:
+            old = None  # it took the place of theirs
         move_aside(out_dir, networks, old, keep)
     if not keep:
         tokenizer.save(out_dir)

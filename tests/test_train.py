@@ -618,9 +618,15 @@ def test_a_tokenizer_alone_is_used_and_told_of(train, tiny_run, other_text, caps
         capsys.readouterr().out)
 
 
-def test_a_network_whose_tokenizer_was_lost_is_filed_with_no_other(train, tiny_run, other_text):
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_network_whose_tokenizer_was_lost_is_filed_with_no_other(train, tiny_run, other_text,
+                                                                   replaced):
     for name in "merges.pkl", "vocab.pkl":
-        (tiny_run / name).rename(tiny_run / f"lost {name}")
+        (tiny_run / name).unlink()
+    if replaced:  # by hand
+        BasicTokenizer(other_text, 300, out_dir=tiny_run / "other")
+        for name in "merges.pkl", "vocab.pkl":
+            shutil.copy(tiny_run / "other" / name, tiny_run)
     train(tiny_run, "--data_path", other_text, "--max_iters", 1)
     assert not (tiny_run / "earlier-1" / "merges.pkl").exists()
     assert (tiny_run / "earlier-1" / "model.pt").exists()
