@@ -231,6 +231,7 @@ def test_a_training_state_tampered_with_resumes_or_is_refused(quantized_run, tmp
         for path in folder.glob("last.pt*"):
             path.unlink()
         torch.save(changed, folder / "last.pt")
+        capsys.readouterr()
         try:
             new_trainer("--resume", "--out_dir", folder, "--max_iters", 62).run()
             counts["resumed"] += 1
