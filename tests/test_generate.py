@@ -1,6 +1,7 @@
 """generate.py as a user meets it: any prompt, streams that break no character, one-line errors."""
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,7 @@ def test_what_is_missing_or_wrong_is_named(tiny_run, tmp_path):
     assert "model.pt is not a checkpoint" in complaint(generate(tiny_run))
 
 
-def test_a_tokenizer_that_does_not_fit_is_named(tiny_run, tiny_text):
-    BasicTokenizer(tiny_text, 290, out_dir=tiny_run)
+def test_a_tokenizer_that_does_not_fit_is_named(tiny_run, tiny_text, tmp_path):
+    BasicTokenizer(tiny_text, 290, out_dir=tmp_path / "other")
+    shutil.copytree(tmp_path / "other", tiny_run, dirs_exist_ok=True)
     assert "another tokenizer" in complaint(generate(tiny_run))
