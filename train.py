@@ -65,49 +65,46 @@ from tokenizer import (
 
 # ---- what is trained, and how --------------------------------------------------------------------
 
-FLAGS = {  # name, default (the published run's), smallest, meaning
-    "network": [
-        ("vocab_size", 500, 256, "tokens in the vocabulary"),
-        ("block_size", 256, 1, "longest context, in tokens"),
-        ("n_embd", 232, 1, "channels of the residual stream"),
-        ("n_head", 6, 1, "attention heads, each of n_embd // n_head channels"),
-        ("n_layer", 5, 1, "blocks of attention and feed-forward"),
-        ("dropout", 0.2, 0, "share of activations dropped after attention and feed-forward"),
-        ("attention_dropout", 0.2, 0, "share of attention weights dropped"),
-    ],
-    "training": [
-        ("batch_size", 64, 1, "sequences in a batch, all processes together"),
-        ("gradient_accumulation_steps", 0, 0, "parts a batch is computed in, one after the other "
-         "or on a CPU one for each core; 0: one, on a CPU parts of about 1,024 tokens"),
-        ("max_iters", 5000, 1, "iterations in all"),
-        ("learning_rate", 3e-4, 0, "step size of AdamW"),
-        ("warmup_iters", 0, 0, "iterations over which the learning rates rise from 0"),
-        ("lr_decay_iters", 0, 0, "iteration at which a cosine has taken them to min_lr; 0: never"),
-        ("min_lr", 3e-5, 0, "learning rate at which that cosine ends"),
-        ("weight_decay", 0.01, 0, "weight decay of both optimizers, on matrices only"),
-        ("beta1", 0.9, 0, "AdamW's decay rate of the first moment"),
-        ("beta2", 0.999, 0, "AdamW's decay rate of the second moment"),
-        ("muon_lr", 0.0, 0, "step size of Muon, which then trains the blocks' matrices; 0: AdamW"),
-        ("init_std", 0.0, 0, "standard deviation of the initial matrices; 0: PyTorch's defaults"),
-        ("bpe_dropout", 0.0, 0, "share of merges left out, anew on each pass over the text"),
-        ("train_temperature", 1.0, 0.1, "divides the logits in the loss, while training only"),
-        ("teacher_temperature", 1.0, 0.1, "divides the logits of a --teacher"),
-        ("grad_clip", 0.0, 0, "largest norm of the gradient; 0: any"),
-        ("seed", 1337, 0, "seed of initialisation, batches, dropout and BPE-dropout"),
-        ("eval_interval", 500, 1, "iterations between two evaluations"),
-        ("eval_iters", 0, 0, "random batches to evaluate on; 0: windows that cover the split"),
-    ],
-}
+FLAGS = [  # name, default (the published run's), smallest, meaning
+    ("vocab_size", 500, 256, "tokens in the vocabulary"),
+    ("block_size", 256, 1, "longest context, in tokens"),
+    ("n_embd", 232, 1, "channels of the residual stream"),
+    ("n_head", 6, 1, "attention heads, each of n_embd // n_head channels"),
+    ("n_layer", 5, 1, "blocks of attention and feed-forward"),
+    ("dropout", 0.2, 0, "share of activations dropped after attention and feed-forward"),
+    ("attention_dropout", 0.2, 0, "share of attention weights dropped"),
+    ("batch_size", 64, 1, "sequences in a batch, all processes together"),
+    ("gradient_accumulation_steps", 0, 0, "parts a batch is computed in, one after the other "
+     "or on a CPU one for each core; 0: one, on a CPU parts of about 1,024 tokens"),
+    ("max_iters", 5000, 1, "iterations in all"),
+    ("learning_rate", 3e-4, 0, "step size of AdamW"),
+    ("warmup_iters", 0, 0, "iterations over which the learning rates rise from 0"),
+    ("lr_decay_iters", 0, 0, "iteration at which a cosine has taken them to min_lr; 0: never"),
+    ("min_lr", 3e-5, 0, "learning rate at which that cosine ends"),
+    ("weight_decay", 0.01, 0, "weight decay of both optimizers, on matrices only"),
+    ("beta1", 0.9, 0, "AdamW's decay rate of the first moment"),
+    ("beta2", 0.999, 0, "AdamW's decay rate of the second moment"),
+    ("muon_lr", 0.0, 0, "step size of Muon, which then trains the blocks' matrices; 0: AdamW"),
+    ("init_std", 0.0, 0, "standard deviation of the initial matrices; 0: PyTorch's defaults"),
+    ("init_heads", 0, 0, "1: heads begin by looking back, and for repetitions; 0: they do not"),
+    ("bpe_dropout", 0.0, 0, "share of merges left out, anew on each pass over the text"),
+    ("train_temperature", 1.0, 0.1, "divides the logits in the loss, while training only"),
+    ("teacher_temperature", 1.0, 0.1, "divides the logits of a --teacher"),
+    ("grad_clip", 0.0, 0, "largest norm of the gradient; 0: any"),
+    ("seed", 1337, 0, "seed of initialisation, batches, dropout and BPE-dropout"),
+    ("eval_interval", 500, 1, "iterations between two evaluations"),
+    ("eval_iters", 0, 0, "random batches to evaluate on; 0: windows that cover the split"),
+]
 
-PRESETS = {  # what differs from the defaults; lr_decay_iters None: max_iters
+TUNED = {"muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.4, "min_lr": 0.0,
+         "warmup_iters": 50, "lr_decay_iters": None, "init_std": 0.02, "attention_dropout": 0.0,
+         "train_temperature": 0.85, "teacher_temperature": 0.9}  # lr_decay_iters None: max_iters
+PRESETS = {  # what differs from the defaults
     "reference": {},
-    "fast": {"max_iters": 600, "eval_interval": 100, "muon_lr": 0.02, "learning_rate": 3e-3,
-             "beta2": 0.95, "weight_decay": 0.4, "warmup_iters": 50, "lr_decay_iters": None,
-             "min_lr": 0.0, "init_std": 0.02, "dropout": 0.1, "attention_dropout": 0.0,
-             "bpe_dropout": 0.1, "train_temperature": 0.85, "teacher_temperature": 0.9},
+    "fast": TUNED | {"batch_size": 8, "max_iters": 1500, "eval_interval": 250, "muon_lr": 0.015,
+                     "learning_rate": 6e-3, "init_heads": 1, "dropout": 0.05},
+    "best": TUNED | {"max_iters": 2250, "eval_interval": 250, "dropout": 0.2, "bpe_dropout": 0.2},
 }
-PRESETS["best"] = PRESETS["fast"] | {"max_iters": 2250, "eval_interval": 250, "dropout": 0.2,
-                                     "bpe_dropout": 0.2}
 
 
 def schedule(iteration: int, args: argparse.Namespace) -> float:
@@ -120,6 +117,57 @@ def schedule(iteration: int, args: argparse.Namespace) -> float:
     progress = min(1.0, (iteration - args.warmup_iters) / steps)
     end = args.min_lr / (args.learning_rate or 1.0)
     return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2  # Loshchilov & Hutter 2017
+
+
+# ---- initial values ------------------------------------------------------------------------------
+# A network from scratch first learns where things stand: which token is the one before, and where
+# the last ones occurred earlier. That takes it a million tokens or more, in which the loss hardly
+# falls. Given as initial values, which training may change, it learns from the first batch on.
+
+
+@torch.no_grad()
+def init_heads(model: GPT, tokens: torch.Tensor) -> None:
+    """Lets some heads look back, or for repetitions, and the head expect the text's frequencies.
+
+    Positions are sinusoids (Vaswani et al. 2017) in half of the channels. In the first layer, head
+    h looks h + 1 tokens back. Its first two heads leave what they see in channels of their own, by
+    which two heads of the second layer find where the last token, or the last two, occurred before:
+    there stands what followed (induction heads, Olsson et al. 2022). tokens: (N,) int64 or int32.
+    """
+    C, H, D = model.config.n_embd, model.config.n_head, model.config.head_size
+    pairs, half = C // 4, D // 2  # of a sine and a cosine: in all positions, and in a head
+    frequencies = math.pi * 100 ** (-torch.arange(pairs) / pairs)
+    angles = torch.arange(model.config.block_size)[:, None] * frequencies
+    positions = model.position_embedding.weight.zero_()
+    positions[:, :pairs], positions[:, pairs:2 * pairs] = 0.15 * angles.sin(), 0.15 * angles.cos()
+    torch.nn.init.normal_(model.token_embedding.weight, std=0.06)
+    counts = torch.bincount(tokens, minlength=model.config.vocab_size) + 1
+    model.head.bias.copy_((counts / counts.sum()).log())
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+        torch.nn.init.zeros_(block.ffwd.down.weight)
+    q, k, v = model.blocks[0].attn.qkv.weight.view(3, H, D, C)
+    q.zero_(), k.zero_()
+    i, sine = torch.arange(half), torch.linspace(0, pairs - 1, half).long()
+    for h in range(H):  # a query is its position, turned back by h + 1 tokens
+        turn, cosine = frequencies[sine] * (h + 1), sine + pairs
+        k[h, i, sine] = k[h, i + half, cosine] = 1.0
+        q[h, i, sine] = q[h, i + half, cosine] = turn.cos()
+        q[h, i, cosine], q[h, i + half, sine] = -turn.sin(), turn.sin()
+    if min(H, len(model.blocks)) < 2:
+        return
+    n = min(D, C // 5) // 2  # half of the channels that a token gets, and so does the one before
+    i = torch.arange(2 * n)
+    token, before, before_that = C // 2 + i, C // 2 + 2 * n + i, C // 2 + 4 * n + i[:n]
+    out = model.blocks[0].attn.proj.weight.view(C, H, D)
+    v[:2] = 0
+    v[0, i, token] = v[1, i[:n], token[:n]] = 1.0
+    out[before, 0, i] = out[before_that, 1, i[:n]] = 0.3
+    q, k, _ = model.blocks[1].attn.qkv.weight.view(3, H, D, C)
+    q[:2], k[:2] = 0, 0
+    q[0, i, token] = k[0, i, before] = 1.5
+    q[1, i[:n], token[:n]] = k[1, i[:n], before[:n]] = 1.5
+    q[1, n + i[:n], before[:n]] = k[1, n + i[:n], before_that] = 1.5
 
 
 # ---- optimizers and teachers ---------------------------------------------------------------------
@@ -241,6 +289,8 @@ class Trainer:
         self.model = GPT(self.config)
         if args.init_std:
             self.model.init_weights(args.init_std)
+        if args.init_heads:
+            init_heads(self.model, self.data["train"][:2**20].cpu())
         if args.init_from:
             start, _ = load_model(args.init_from, self.tokenizer.fingerprint)
             self.model.load_state_dict(start.state_dict())
@@ -1102,7 +1152,7 @@ def save_metrics(out_dir: Path, rows: list[dict], histograms: dict[str, list[np.
 
 
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1,
-             "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
+             "init_heads": 2, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 
 
 def absolute(path: str | Path) -> Path:
@@ -1132,14 +1182,16 @@ def make_parser() -> argparse.ArgumentParser:
                        "it, a new run starts from, on any text (default: random weights)")
     files.add_argument("--resume", action="store_true",
                        help="go on from last.pt in --out_dir, with its flags unless given anew")
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, default, smallest, meaning in flags:
-            kind, less_than = type(default), LESS_THAN.get(name)
-            limit = f", less than {less_than}" if less_than == 1 else ""
-            group.add_argument(f"--{name}", type=bounded(kind, smallest, less_than),
-                               default=default, metavar="N" if kind is int else "X",
-                               help=f"{meaning}{limit} (default: {default})")
+    network = parser.add_argument_group("network")
+    training = parser.add_argument_group("training")
+    of_network = {field.name for field in fields(GPTConfig)}
+    for name, default, smallest, meaning in FLAGS:
+        kind, less_than = type(default), LESS_THAN.get(name)
+        limit = f", less than {less_than}" if less_than == 1 else ""
+        group = network if name in of_network else training
+        group.add_argument(f"--{name}", type=bounded(kind, smallest, less_than), default=default,
+                           metavar="N" if kind is int else "X",
+                           help=f"{meaning}{limit} (default: {default})")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the "
                          "first of these that is there)")
