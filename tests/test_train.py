@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import train as script
 from conftest import ROOT, TINY, complaint, losses, metrics, run, same_weights, start, wait_for
-from model import GPT, GPTConfig, keep_mask, load_checkpoint, load_model
+from model import GPT, GPTConfig, attention, keep_mask, load_checkpoint, load_model
 from tokenizer import PRETRAINED, BasicTokenizer
 from train import PRESETS, TEACHER_SHARE, CoreThreads, parse_args, schedule, soft_targets
 
@@ -216,6 +216,35 @@ def test_a_gradient_that_overflows_float16_is_skipped_and_the_scale_halved(
             skipped, scale = skipped + 1, trainer.scaler.get_scale()
     assert skipped > 5 and not all(map(torch.equal, before, trainer.model.parameters()))
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+# ---- initial values ----
+
+def test_heads_that_begin_by_looking_find_what_they_look_for():
+    torch.manual_seed(0)
+    network, tokens = GPT(GPTConfig(dropout=0.0)).eval(), torch.arange(500).repeat_interleave(3)
+    network.init_weights(0.02)
+    script.init_heads(network, tokens)
+    assert torch.allclose(network.head.bias.softmax(0), torch.full((500,), 1 / 500))
+    idx = torch.randperm(500, generator=torch.Generator().manual_seed(1))[:64].repeat(2)[None]
+    weights = []
+    for block in network.blocks:
+        block.attn.qkv.register_forward_hook(lambda layer, inputs, output: weights.append(
+            attention(*output.view(1, 128, 3, 6, 38).permute(2, 0, 3, 1, 4))[1][0]))
+    network(idx)
+    late = torch.arange(80, 128)
+    for head in range(6):  # in the first layer each looks at one place before
+        assert weights[0][head, late, late - head - 1].mean() > 0.5
+    for head in range(2):  # in the second layer two look at what followed this token before
+        assert weights[1][head, late, late - 63].mean() > 0.5
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 7, 2), (12, 2, 3), (16, 3, 1), (230, 2, 2)])
+def test_networks_of_all_sizes_can_begin_so(sizes):
+    n_embd, n_head, n_layer = sizes
+    network = GPT(GPTConfig(50, 8, n_embd, n_head, n_layer))
+    script.init_heads(network, torch.arange(50))
+    assert network(torch.zeros(1, 8).long())[0].isfinite().all()
 
 
 # ---- optimizers ----
@@ -890,7 +919,7 @@ def test_a_preset_gives_the_flags_that_are_not_given():
             expected["lr_decay_iters"] = args.max_iters
         assert {name: getattr(args, name) for name in expected} == expected
         assert args.max_iters <= 5000
-        assert (args.batch_size, args.block_size, args.vocab_size) == (64, 256, 500)
+        assert (args.block_size, args.vocab_size) == (256, 500)
     assert parse_args(["--preset", "fast", "--max_iters", "40"])[0].lr_decay_iters == 40
 
 
