@@ -772,18 +772,40 @@ def split(tokens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens[:n], tokens[n:]
 
 
-def windows(data: torch.Tensor, starts: torch.Tensor,
+class MappedTokens:
+    """Tokens in a file that is mapped into memory, which are read by indexing, as a tensor's are.
+
+    So many of them need no memory, but each batch is gathered and moved to the device anew.
+    """
+
+    def __init__(self, ids: np.memmap, device: torch.device | str):
+        """ids: (N,) of any unsigned type; `device` is where what is read shall be."""
+        self.ids, self.device = np.asarray(ids), torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, places: torch.Tensor) -> torch.Tensor:
+        """Returns the tokens at places, int64 of any shape, as int32 of that shape."""
+        tokens = torch.from_numpy(self.ids[places.cpu().numpy()].astype(np.int32))
+        if self.device.type == "cuda":  # does not wait for the GPU to finish what it is at
+            return tokens.pin_memory().to(self.device, non_blocking=True)
+        return tokens.to(self.device)
+
+
+def windows(data: torch.Tensor | MappedTokens, starts: torch.Tensor,
             block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the windows of data, (N,), that begin at starts, (B,), and their targets.
 
     The targets are the same windows one token later; both are (B, block_size) int64.
     """
-    offsets = torch.arange(block_size + 1, device=data.device)
+    offsets = torch.arange(block_size + 1, device=starts.device)
     tokens = data[starts[:, None] + offsets].long()
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def tile_starts(data: torch.Tensor, block_size: int, most: int | None = None) -> torch.Tensor:
+def tile_starts(data: torch.Tensor | MappedTokens, block_size: int,
+                most: int | None = None) -> torch.Tensor:
     """Returns where the windows begin that lie side by side in data, (N,): (windows,) int64.
 
     Of more than `most` windows it takes so many, evenly spread. What is left at the end and shorter
@@ -795,7 +817,7 @@ def tile_starts(data: torch.Tensor, block_size: int, most: int | None = None) ->
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, data: torch.Tensor, starts: torch.Tensor) -> float:
+def mean_loss(model: GPT, data: torch.Tensor | MappedTokens, starts: torch.Tensor) -> float:
     """Returns the mean loss over windows of data, in nats per token, without dropout.
 
     data: (N,); starts, where the windows begin: (B,) int64.

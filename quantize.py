@@ -7,7 +7,6 @@ Takes the pretrained network while there is no run of your own. Prints what it c
 saves, measured, and a sample of each network from the same seed.
 """
 import argparse
-import hashlib
 import shlex
 import statistics
 import sys
@@ -22,6 +21,7 @@ from model import (
     EVAL_TOKENS,
     GPT,
     LAST_WITH_INT8,
+    MappedTokens,
     find_checkpoint,
     int8_engine,
     limit_threads,
@@ -36,8 +36,8 @@ from tokenizer import (
     TEMPERATURE,
     BasicTokenizer,
     default_run,
+    load_tokens,
     one_file,
-    read_text,
     run_script,
 )
 
@@ -88,9 +88,9 @@ def tokens_per_second(model: GPT, start: torch.Tensor) -> float:
     return 200 / (time.perf_counter() - started)
 
 
-def compare(before: GPT, after: GPT, paths: tuple[Path, Path], val: torch.Tensor,
+def compare(before: GPT, after: GPT, paths: tuple[Path, Path], val: MappedTokens,
             tokens_per_char: float, start: torch.Tensor) -> str:
-    """Returns a table of size, loss on `val`, (N,) int64, and speed after `start`, (1, T) int64."""
+    """Returns a table of size, loss on `val`, (N,), and speed after `start`, (1, T) int64."""
     models = before, after
     speeds = [[tokens_per_second(model, start) for model in models] for _ in range(5)]  # in turn
     T = before.config.block_size
@@ -134,9 +134,9 @@ def main() -> None:
         raise ValueError(f"{path} is quantized already: name a float checkpoint with --checkpoint")
     if out.exists() and out.samefile(path):
         raise ValueError(f"--out {out} is the checkpoint to be quantized: name another file")
-    tokens = tokenizer.encode_array(read_text(args.data_path))
-    _, val = split(tokens, before.config.block_size)
-    if checkpoint.get("text") not in (None, hashlib.sha256(tokens.tobytes()).hexdigest()):
+    tokens = load_tokens(tokenizer, args.data_path, out_dir)
+    _, val = split(tokens.ids, before.config.block_size)
+    if checkpoint.get("text") not in (None, tokens.digest):
         print(f"note: {args.data_path} is not the text this network was trained on; "
               "name that with --data_path", file=sys.stderr)
 
@@ -146,7 +146,7 @@ def main() -> None:
 
     start = torch.tensor([tokenizer.encode_array("\n").tolist()])
     tokens_per_char = len(val) / tokenizer.count_characters(val)
-    val = torch.from_numpy(val.astype("int64"))
+    val = MappedTokens(val, "cpu")
     print(compare(before, after, (path, out), val, tokens_per_char, start))
     for name, model in ("float32", before), ("int8", after):
         ids = model.generate(start, 150, TEMPERATURE, seed=1337)[0].tolist()

@@ -15,7 +15,9 @@ import codecs
 import functools
 import glob
 import hashlib
+import io
 import itertools
+import json
 import math
 import operator
 import os
@@ -24,12 +26,13 @@ import pickletools
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from heapq import heappop, heappush, heapreplace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -241,7 +244,7 @@ class BasicTokenizer:
         if not 256 <= self.vocab_size <= MAX_VOCAB:
             raise ValueError(f"vocab_size must be from 256 (the bytes) to {MAX_VOCAB}, "
                              f"not {self.vocab_size}")
-        data = read_text(self.data_path).encode()
+        data = learning_text(self.data_path)
         tokens = TokenSequence(data, self.vocab_size)
         merges, vocab, size = {}, spell({}), 0
         total, steps = self.vocab_size - 256, learn(tokens, self.vocab_size)
@@ -287,7 +290,7 @@ class BasicTokenizer:
         data = to_bytes(text)
         if len(data) <= SHORT and not (data and dropout):
             return self._encode_short(data)
-        blocks = [self._encode_long(block, dropout, rng) for block in self._blocks(data)]
+        blocks = [self._encode_long(block, dropout, rng) for block in self._blocks([data])]
         return np.concatenate(blocks)
 
     def _encode_short(self, data):
@@ -308,15 +311,23 @@ class BasicTokenizer:
             tokens.merge(pair, places, new)
         return tokens.ids()
 
-    def _blocks(self, data):
-        """Cuts bytes into blocks, only between two bytes that no token joins: no token is cut."""
-        start = 0
-        while start < len(data):
-            end = start + BLOCK
-            while end < len(data) and data[end - 1:end + 1] in self._joints:
-                end += 1
-            yield data[start:end]
-            start = end
+    def _blocks(self, pieces):
+        """Joins and cuts pieces of a text, only between two bytes that no token joins."""
+        rest = b""
+        for piece in pieces:
+            data, start, end = rest + piece, 0, max(BLOCK, len(rest))
+            while end < len(data):
+                if data[end - 1:end + 1] in self._joints:
+                    end += 1
+                else:
+                    yield data[start:end]
+                    start, end = end, end + BLOCK
+            rest = data[start:]
+            if len(rest) > max(UNCUT, len(piece)):
+                raise ValueError(f"the text cannot be cut anywhere in {UNCUT / 1e6:.0f} MB, as a "
+                                 "token may join any two of its bytes: use one with lines")
+        if rest:
+            yield rest
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -343,7 +354,9 @@ class BasicTokenizer:
         """Counts the characters that token ids spell: bytes, but for those that continue one."""
         characters = [sum(byte & 0xC0 != 0x80 for byte in self.vocab[token])
                       for token in range(self.vocab_size)]
-        return int(np.bincount(ids, minlength=self.vocab_size) @ characters)
+        blocks = (ids[start:start + BLOCK] for start in range(0, len(ids), BLOCK))
+        return sum(int(np.bincount(block, minlength=self.vocab_size) @ characters)
+                   for block in blocks)
 
 
 def compression_ratio(data: bytes, ids: list[int] | np.ndarray) -> str:
@@ -359,6 +372,139 @@ def to_bytes(text: str | bytes) -> bytes:
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:  # a surrogate that stands for no byte
         return text.encode("utf-8", errors="surrogatepass")
+
+
+# ---- texts larger than memory ----
+# Of a long text, pieces are learned from. It is encoded from disk to disk, by several processes,
+# into a file that is then mapped into memory: only what is looked at is read.
+
+LONG = 1 << 25   # bytes of a text above which it is long
+PIECE = 1 << 16  # bytes of the pieces learned from, which are LONG bytes in all
+UNCUT = 1 << 28  # bytes of a long text among which must be a place to cut it
+HEADER = 4096    # bytes before the ids in tokens.bin: JSON that says what they were made from
+
+
+class Tokens(NamedTuple):
+    """A text as tokens, and what is known of it."""
+
+    ids: np.ndarray  # (tokens,) uint16 or uint32, in memory or mapped from tokens.bin
+    digest: str      # SHA-256 of the ids, in hexadecimal
+    size: int        # bytes of the text
+    characters: int
+
+
+def is_long(path: str | Path) -> bool:
+    """Returns whether a text is not to be held in memory."""
+    return os.path.isfile(path) and os.path.getsize(path) > LONG
+
+
+def learning_text(path: str | Path) -> bytes:
+    """Returns a text or, of a long one, pieces spread evenly over it: whole lines if it has any."""
+    if not is_long(path):
+        return read_text(path).encode()
+    size, pieces = os.path.getsize(path), []
+    print(f"learning from {LONG / 1e6:.0f} MB of {path}, spread evenly over its {size / 1e6:,.0f}")
+    for number in range(LONG // PIECE):
+        _, text = next(text_pieces(path, number * size // (LONG // PIECE), PIECE))
+        pieces.append(text[text.find("\n") + 1:text.rfind("\n") + 1] or text)
+    return "".join(pieces).encode()
+
+
+def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path,
+                encode: bool = True) -> Tokens | None:
+    """Returns a text as tokens: in memory or, if it is long, mapped from tokens.bin in `folder`.
+
+    That must be of this tokenizer and text: of one of the same size and time of change, or digest.
+    If it is not, it is written first; if it is not to `encode`, None is returned. Raises ValueError
+    as `read_text` does or if a text cannot be cut, OSError if the file cannot be written.
+    """
+    if not is_long(path):
+        text = read_text(path)
+        ids = tokenizer.encode_array(text)
+        return Tokens(ids, hashlib.sha256(ids).hexdigest(), len(text.encode()), len(text))
+    file, text, of_text = Path(folder) / "tokens.bin", os.stat(path), hashlib.sha256()
+    with suppress(OSError, ValueError, LookupError, TypeError):  # it is missing, or damaged
+        with open(file, "rb") as header:
+            facts = json.loads(header.read(HEADER))
+        same = (facts["tokenizer"], facts["size"]) == (tokenizer.fingerprint, text.st_size)
+        if same and facts["time"] != text.st_mtime_ns:
+            for data, _ in text_pieces(path, 0, BLOCK):
+                of_text.update(data)
+            same = facts["text"] == of_text.hexdigest()
+        if same:
+            dtype, shape = np.min_scalar_type(tokenizer.vocab_size), (facts["tokens"],)
+            return Tokens(np.memmap(file, dtype, "r", HEADER, shape), facts["ids"], facts["size"],
+                          facts["characters"])
+    if not encode:
+        return None
+    encode_file(tokenizer, path, file)
+    return load_tokens(tokenizer, path, folder)
+
+
+def encode_file(tokenizer: BasicTokenizer, path: str | Path, file: Path) -> None:
+    """Encodes a long text from disk to disk, for `load_tokens`, and raises what that raises."""
+    from tqdm import tqdm
+
+    text, of_text, of_ids, characters = os.stat(path), hashlib.sha256(), hashlib.sha256(), 0
+
+    def pieces():
+        for data, piece in text_pieces(path, 0, BLOCK):
+            of_text.update(data)
+            bar.update(len(data))
+            yield piece.encode()
+
+    bar = tqdm(None, "encoding", text.st_size, False, unit="B", unit_scale=True, disable=None)
+    blocks = encode_blocks(tokenizer, tokenizer._blocks(pieces()))
+    with bar, closing(blocks), atomic_write(file) as output:
+        output.write(bytes(HEADER))
+        for ids in blocks:
+            of_ids.update(ids)
+            characters += tokenizer.count_characters(ids)
+            output.write(ids)
+        tokens, now = (output.tell() - HEADER) // ids.itemsize, os.stat(path)
+        if (now.st_size, now.st_mtime_ns) != (text.st_size, text.st_mtime_ns):
+            raise ValueError(f"{path} was changed while it was read: start again")
+        output.seek(0)
+        output.write(json.dumps({
+            "tokens": tokens, "ids": of_ids.hexdigest(), "characters": characters,
+            "tokenizer": tokenizer.fingerprint, "text": of_text.hexdigest(),
+            "size": text.st_size, "time": text.st_mtime_ns}).encode().ljust(HEADER))
+
+
+def encode_blocks(tokenizer: BasicTokenizer, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
+    """Encodes blocks in turn in as many processes as there are cores; yields their ids in order.
+
+    Each runs `answer`: a process of multiprocessing would load PyTorch with the script that runs.
+    """
+    code = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import tokenizer; tokenizer.answer()"
+    cores = usable_cores()
+    try:
+        with ExitStack() as stack:
+            processes = [stack.enter_context(subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, start_new_session=True)) for _ in range(cores)]
+            turns = itertools.cycle(processes)
+            for number, message in enumerate(itertools.chain([tokenizer.merges] * cores, blocks)):
+                process = next(turns)
+                done = [pickle.load(process.stdout)] if number >= cores else []
+                pickle.dump(message, process.stdin)
+                process.stdin.flush()
+                yield from done
+            yield from (pickle.load(process.stdout) for process in itertools.islice(turns, cores))
+    except (EOFError, BrokenPipeError) as error:
+        raise ValueError("a process that encoded the text was ended, for lack of memory perhaps"
+                         ) from error
+
+
+def answer() -> None:
+    """Encodes blocks from standard input, for `encode_blocks`, after the merges to encode by."""
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    tokenizer, merges, block = BasicTokenizer.__new__(BasicTokenizer), pickle.load(source), b""
+    tokenizer._use(merges, spell(merges))
+    while True:  # until there is no block left, or nobody who waits for it: either is an error
+        pickle.dump(tokenizer._encode_long(block), target)
+        target.flush()
+        block = pickle.load(source)
 
 
 # ---- files ----
@@ -774,6 +920,33 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} {not_utf8(data, error, path)}") from error
 
 
+def text_pieces(path: str | Path, start: int, size: int) -> Iterator[tuple[bytes, str]]:
+    """Yields a text from byte `start` on in pieces: `size` bytes as they are, and the text in them.
+
+    Together they are what `read_text` returns, and it raises the same.
+    """
+    decoder, data, line = codecs.getincrementaldecoder("utf-8")(), bytes(size), 1
+    with_newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            while len(data) == size:
+                place, data = file.tell(), file.read(size)
+                text_bytes(data, path)  # says what there is to say
+                if 0 in data:
+                    raise ValueError(f"{path} is binary (byte {place + data.index(0)} is zero): "
+                                     "pass a text with --data_path")
+                text = data if place else data.removeprefix(codecs.BOM_UTF8)
+                if place == start > 0:  # in the middle of a character perhaps
+                    text = data.lstrip(bytes(range(0x80, 0xC0)))
+                yield data, with_newlines.decode(text, final=len(data) < size)
+                line += data.count(10)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} {not_utf8(error.object, error, path, line)}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+
+
 def text_bytes(data: bytes, path: str | Path) -> bytes:
     """Returns the bytes of a file without a byte-order mark, and each CRLF or CR as a line feed.
 
@@ -791,15 +964,15 @@ def text_bytes(data: bytes, path: str | Path) -> bytes:
     return data
 
 
-def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path) -> str:
-    """Says why bytes are not UTF-8, as far as there is evidence, and what helps."""
+def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int = 1) -> str:
+    """Says why bytes, from `line` on, are not UTF-8, as far as is evident, and what helps."""
     bad = sum(map(len, re.findall("[\udc80-\udcff]+", data.decode("utf-8", "surrogateescape"))))
     good = len(data.translate(None, bytes(range(128)))) - bad  # bytes of characters beyond ASCII
     cut = error.end == len(data) and error.reason == "unexpected end of data"
     encoding = None if good > 4 * bad or good and cut else other_encoding(data)
     if encoding and (bad > 2 or 100 * bad > len(data)):
         return f"is not UTF-8 but {encoding}, it seems: convert it with {convert(path, encoding)}"
-    place = f"byte 0x{data[error.start]:02x} on line {data.count(10, 0, error.start) + 1}"
+    place = f"byte 0x{data[error.start]:02x} on line {line + data.count(10, 0, error.start)}"
     drop = f"drop what is amiss with {convert(path, 'UTF-8', drop=True)}"
     if cut:
         return f"is not UTF-8 at its end, in the middle of a character: {drop}"

@@ -34,6 +34,7 @@ from model import (
     EVAL_TOKENS,
     GPT,
     GPTConfig,
+    MappedTokens,
     choose_device,
     cuda_graph,
     dropout_from,
@@ -56,6 +57,8 @@ from tokenizer import (
     atomic_write,
     bounded,
     digests,
+    is_long,
+    load_tokens,
     matching,
     one_file,
     out_of_memory,
@@ -273,7 +276,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, last: dict | None):
         """Starts afresh, or from `last`, the contents of a last.pt. Raises ValueError."""
-        self.args = args
+        self.args, self.held = args, None
         self.find_device()
         try:
             self.load_text()
@@ -300,7 +303,8 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         # All ranks draw the same batches, of which each takes its part, and dropout of their own.
-        self.batch_rng = torch.Generator(self.device).manual_seed(args.seed)
+        mapped = isinstance(self.data["train"], MappedTokens)
+        self.batch_rng = torch.Generator("cpu" if mapped else self.device).manual_seed(args.seed)
         on_cpu = self.device.type == "cpu"
         self.dropout_rng = torch if on_cpu else torch.get_device_module(self.device)
         self.dropout_rng.manual_seed(args.seed + self.rank)
@@ -377,18 +381,17 @@ class Trainer:
         """
         args, data = self.args, self.training_tokens()
         starts = torch.randint(len(data) - args.block_size, (args.batch_size,),
-                               generator=self.batch_rng, device=self.device)
-        mine = starts.chunk(self.world_size)[self.rank]
-        at_once = len(mine)
+                               generator=self.batch_rng, device=self.batch_rng.device)
+        mine = windows(data, starts.chunk(self.world_size)[self.rank], args.block_size)
+        at_once = len(mine[0])
         if self.device.type == "cpu":
             at_once = max(1, CPU_TOKENS // args.block_size)
         steps = args.gradient_accumulation_steps
-        parts = mine.chunk(steps) if steps else mine.split(at_once)
+        parts = [*zip(*(half.chunk(steps) if steps else half.split(at_once) for half in mine))]
         # Taking turns gives, on average, the gradient of the teachers' mean, as the loss is linear
         # in the targets.
         turn, teachers = self.iteration + self.rank * len(parts) + 1, self.teachers or [None]
-        return [(*windows(data, part, args.block_size), teachers[(turn + i) % len(teachers)])
-                for i, part in enumerate(parts)]
+        return [(*part, teachers[(turn + i) % len(teachers)]) for i, part in enumerate(parts)]
 
     def training_targets(self, idx: torch.Tensor, targets: torch.Tensor,
                          teacher: GPT | None) -> torch.Tensor:
@@ -795,31 +798,46 @@ class Trainer:
         self.flags_group = dist.new_group(backend="gloo")  # for flags, which live on the CPU
 
     def load_text(self) -> None:
-        """Puts the text on the device, as tokens. Writes nothing."""
+        """Puts the text on the device, as tokens. Writes nothing but a long text's tokens.bin."""
         args = self.args
-        text = read_text(args.data_path)
-        split(text.encode(), args.block_size)  # bytes are no fewer than tokens: too short is told
-        shared = [choose_tokenizer(args, text) if self.master else None]
+        if not is_long(args.data_path):
+            data = read_text(args.data_path).encode()
+            split(data, args.block_size)  # bytes are no fewer than tokens: too short is told
+        elif args.bpe_dropout:
+            args.bpe_dropout = 0.0
+            if self.master:
+                print("training without BPE-dropout: so long a text is not learned by heart")
+        shared = [None]
+        if self.master:  # it alone writes: a long text's tokens
+            if is_long(args.data_path):
+                self.held = lock(args.out_dir)
+            shared = [choose_tokenizer(args)]
+            tokens = load_tokens(shared[0], args.data_path, args.out_dir)
         if self.world_size > 1:
             dist.broadcast_object_list(shared, group=self.flags_group)
         self.tokenizer, = shared
-        tokens = self.tokenizer.encode_array(text)
-        self.text_hash = text_digest(tokens)
-        parts = dict(zip(("train", "val"), split(tokens, args.block_size)))
-        self.tokens_per_char = {name: len(part) / self.tokenizer.count_characters(part)
-                                for name, part in parts.items()}
+        if not self.master:
+            tokens = load_tokens(self.tokenizer, args.data_path, args.out_dir)
+        self.text_hash = tokens.digest
+        parts = dict(zip(("train", "val"), split(tokens.ids, args.block_size)))
+        val_characters = self.tokenizer.count_characters(parts["val"])
+        self.tokens_per_char = {
+            "train": len(parts["train"]) / (tokens.characters - val_characters),
+            "val": len(parts["val"]) / val_characters}
         self.data = {name: self.on_device(part) for name, part in parts.items()}
         self.epoch_tokens = None, None  # see `training_tokens`
         self.train_text = b""
         if args.bpe_dropout:
             val_bytes = len(self.tokenizer.decode_bytes(parts["val"].tolist()))
-            self.train_text = text.encode()[:-val_bytes]
+            self.train_text = data[:-val_bytes]
         val = tile_starts(self.data["val"], args.block_size, EVAL_TOKENS // args.block_size)
         train = tile_starts(self.data["train"], args.block_size, len(val))
         self.starts = {"train": train, "val": val}
 
-    def on_device(self, tokens: np.ndarray) -> torch.Tensor:
-        """Returns tokens as an int32 tensor where the network is."""
+    def on_device(self, tokens: np.ndarray) -> torch.Tensor | MappedTokens:
+        """Returns tokens as an int32 tensor where the network is; those of a file stay there."""
+        if isinstance(tokens, np.memmap):
+            return MappedTokens(tokens, self.device)
         return torch.from_numpy(tokens.astype(np.int32)).to(self.device)
 
     def training_tokens(self) -> torch.Tensor:
@@ -995,7 +1013,7 @@ def histogram(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return counts.cpu().numpy(), np.linspace(low, high, 101, dtype=np.float32)
 
 
-def choose_tokenizer(args: argparse.Namespace, text: str) -> BasicTokenizer:
+def choose_tokenizer(args: argparse.Namespace) -> BasicTokenizer:
     """Returns the tokenizer of --init_from or, without it, the one in --out_dir.
 
     If there is none, or it is that of a run on another text, it learns one, and does not write it.
@@ -1006,25 +1024,22 @@ def choose_tokenizer(args: argparse.Namespace, text: str) -> BasicTokenizer:
         folder = args.init_from.parent
     if told or (folder / "merges.pkl").exists():
         tokenizer = BasicTokenizer(out_dir=folder)
-        tokens = tokenizer.encode_array(text)
         texts, needed = digests(folder, "text"), digests(folder, "tokenizer")
         texts = {texts[network] for network in texts if needed[network] == tokenizer.fingerprint}
-        if told or texts <= {None} or text_digest(tokens) in texts:
+        # A run on a long text left its tokens there: without them, the run is on another.
+        tokens = load_tokens(tokenizer, args.data_path, args.out_dir, encode=False)
+        if told or texts <= {None} or tokens and tokens.digest in texts:
             if not args.init_from and tokenizer.vocab_size != args.vocab_size:
                 raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, "
                                  f"not {args.vocab_size}: use --vocab_size "
                                  f"{tokenizer.vocab_size}, or another --out_dir")
+            tokens = tokens or load_tokens(tokenizer, args.data_path, args.out_dir)
             print(f"using the tokenizer that is in {folder}: "
-                  f"{len(text.encode()) / len(tokens):.2f} bytes a token of this text")
+                  f"{tokens.size / len(tokens.ids):.2f} bytes a token of this text")
             return tokenizer
         print(f"the run in {folder} is on another text, and so is its tokenizer")
     print(f"training a tokenizer of {args.vocab_size} tokens on {args.data_path}")
     return BasicTokenizer(args.data_path, args.vocab_size, out_dir=None)
-
-
-def text_digest(tokens: np.ndarray) -> str:
-    """Returns the SHA-256, in hexadecimal, by which a checkpoint knows the text it is of."""
-    return hashlib.sha256(tokens.tobytes()).hexdigest()
 
 
 # ---- the folder of a run -------------------------------------------------------------------------
@@ -1329,7 +1344,8 @@ def main() -> None:
             sys.exit(status)  # it has said why
     trainer = Trainer(args, last)
     if master:
-        trainer.held = lock(args.out_dir)  # only now: a start that is refused leaves nothing
+        if not trainer.held:  # only now: a start that is refused leaves nothing
+            trainer.held = lock(args.out_dir)
         if args.resume:
             for note in changed_flags(args, last["args"]):
                 print(note)

@@ -40,12 +40,20 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
 from textbook_bpe import textbook_bpe_encode, textbook_bpe_train
-from tokenizer import DEFAULT_TEXT, BasicTokenizer, bounded, default_run, read_text, run_script
+from tokenizer import (
+    DEFAULT_TEXT,
+    BasicTokenizer,
+    bounded,
+    default_run,
+    load_tokens,
+    read_text,
+    run_script,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from model import GPT, GPTConfig
+    from model import GPT, GPTConfig, MappedTokens
 
 # ---- measuring ----
 
@@ -413,21 +421,19 @@ def compare_samplers(args: argparse.Namespace) -> None:
 
 # ---- loss ----
 
-def load_run(args: argparse.Namespace) -> tuple[BasicTokenizer, GPT, dict, torch.Tensor]:
-    """Returns a run's tokenizer, network, checkpoint and validation split, (N,) int64."""
-    import torch
-
-    from model import load_model, split
+def load_run(args: argparse.Namespace) -> tuple[BasicTokenizer, GPT, dict, MappedTokens]:
+    """Returns a run's tokenizer, network, checkpoint and validation split, (N,)."""
+    from model import MappedTokens, load_model, split
 
     tokenizer = BasicTokenizer(out_dir=args.out_dir)
     path = args.out_dir / "model.pt"
     network, checkpoint = load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
-    tokens = tokenizer.encode_array(read_text(args.data_path))
-    _, val = split(tokens, network.config.block_size)
-    return tokenizer, network, checkpoint, torch.from_numpy(val.astype(np.int64))
+    tokens = load_tokens(tokenizer, args.data_path, args.out_dir)
+    _, val = split(tokens.ids, network.config.block_size)
+    return tokenizer, network, checkpoint, MappedTokens(val, "cpu")
 
 
-def token_losses(network: GPT, val: torch.Tensor, starts: torch.Tensor,
+def token_losses(network: GPT, val: MappedTokens, starts: torch.Tensor,
                  first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns where in `val` the tokens lie that have `first` to T tokens of a window at `starts`
     before them, and their losses in nats: both (len(starts) * (T - first + 1),)."""

@@ -1,5 +1,8 @@
 """tokenizer.py: the textbook's merges and ids, published facts, safe files, clear errors."""
 import argparse
+import codecs
+import errno
+import hashlib
 import itertools
 import os
 import pickle
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tokenizer as tok
@@ -493,6 +496,220 @@ def test_the_name_of_a_file_given_as_a_text_is_noted(small):
     note, ratio = shown.stderr.decode().splitlines()
     assert note.startswith("note: text.txt is a file's name") and "put < before it" in note
     assert run("show", "the text", "--out_dir", ".", cwd=small.out_dir).stderr == b""
+
+
+# ---- texts larger than memory ----
+
+LINES = "To be,\nor not — 日本 😀\u0301 to be: é\n" * 40
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Every text of more than 200 bytes is long, and read and encoded in blocks of 37."""
+    for name, value in ("LONG", 200), ("PIECE", 50), ("BLOCK", 37), ("UNCUT", 3000):
+        monkeypatch.setattr(tok, name, value)
+    monkeypatch.setattr(tok, "usable_cores", lambda: 2)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    def encode_blocks(tokenizer, blocks):
+        yield from map(tokenizer._encode_long, blocks)
+
+    monkeypatch.setattr(tok, "encode_blocks", encode_blocks)
+
+
+def long_tokens(tmp_path, data, merges, **options):
+    """Tokens of a file of these bytes, from tokens.bin beside it, and the text in the file."""
+    (tmp_path / "text.txt").write_bytes(data)
+    tokens = tok.load_tokens(tokenizer_of(merges), tmp_path / "text.txt", tmp_path, **options)
+    return tokens, read_text(tmp_path / "text.txt")
+
+
+awkward = st.lists(st.sampled_from(["a", "b", "é", "日", "😀", "\n", "\r", "\r\n", "ab", "\ufeff"]),
+                   min_size=1, max_size=150).map("".join)
+
+
+@given(awkward, st.integers(3, 60), st.integers(256, 290))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blocks_of_a_file_have_the_ids_of_the_whole(tmp_path, monkeypatch, small_limits,
+                                                    in_this_process, text, block, size):
+    monkeypatch.setattr(tok, "LONG", 0)
+    monkeypatch.setattr(tok, "BLOCK", block)
+    data = codecs.BOM_UTF8 + text.encode()
+    merges, _ = trained(text.encode(), size)
+    (tmp_path / "tokens.bin").unlink(missing_ok=True)
+    tokens, whole = long_tokens(tmp_path, data, merges)
+    assert whole == text.replace("\r\n", "\n").replace("\r", "\n")
+    expected = tokenizer_of(merges).encode_array(whole)
+    assert type(tokens.ids) is np.memmap and tokens.ids.dtype == expected.dtype
+    assert tokens.ids.tolist() == expected.tolist()
+    assert tokens.digest == hashlib.sha256(expected.tobytes()).hexdigest()
+    assert (tokens.characters, tokens.size) == (len(whole), len(data))
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_processes_encode_a_long_text_as_one_does(tmp_path, small_limits, monkeypatch, cores):
+    monkeypatch.setattr(tok, "usable_cores", lambda: cores)
+    merges, _ = trained(LINES.encode(), 300)
+    tokens, whole = long_tokens(tmp_path, LINES.encode(), merges)
+    assert tokens.ids.tolist() == tokenizer_of(merges).encode_array(whole).tolist()
+
+
+def test_more_processes_than_blocks(tmp_path, small_limits, monkeypatch):
+    monkeypatch.setattr(tok, "BLOCK", 10**6)
+    tokens, whole = long_tokens(tmp_path, LINES.encode(), {})
+    assert tokens.ids.tolist() == list(whole.encode())
+
+
+def test_the_processes_load_no_pytorch(tmp_path):
+    code = "import sys, tokenizer; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
+def test_tokens_of_a_short_text_are_in_memory(tmp_path):
+    tokens, whole = long_tokens(tmp_path, "é\r\n".encode(), {})
+    assert (tokens.ids.tolist(), tokens.size, tokens.characters) == ([195, 169, 10], 3, 2)
+    assert type(tokens.ids) is np.ndarray and os.listdir(tmp_path) == ["text.txt"]
+
+
+def test_tokens_are_found_again_by_time_or_digest_and_changes_noticed(
+        tmp_path, small_limits, in_this_process, monkeypatch):
+    path, file = tmp_path / "text.txt", tmp_path / "tokens.bin"
+    long_tokens(tmp_path, LINES.encode(), {})
+    made, encode = file.read_bytes(), tok.encode_file
+
+    def load(merges, **options):
+        return tok.load_tokens(tokenizer_of(merges), path, tmp_path, **options)
+
+    monkeypatch.setattr(tok, "encode_file", None)  # fails if it is called
+    assert load({}).ids.tolist() == list(LINES.encode())
+    os.utime(path, (1, 1))
+    assert load({}).ids.tolist() == list(LINES.encode())
+    assert load({(97, 98): 256}, encode=False) is None
+    path.write_text(LINES.replace("To", "to"))
+    assert load({}, encode=False) is None
+    path.write_text(LINES + "!")
+    assert load({}, encode=False) is None
+    path.write_text(LINES)
+    for damaged in made[:-1], made[:9], b"", b"[3]" + made[3:], b"\xff" + made[1:]:
+        file.write_bytes(damaged)
+        assert load({}, encode=False) is None
+    monkeypatch.setattr(tok, "encode_file", encode)
+    assert load({}).ids.tolist() == list(LINES.encode())
+    assert load({(84, 111): 256}).ids[0] == 256
+
+
+@pytest.mark.parametrize("data, message", [
+    (LINES.encode() + b"\xff", "byte 0xff on line 81"),
+    (LINES.encode() + "—".encode()[:2], "at its end, in the middle of a character"),
+    (LINES.encode() + b"a\0b", f"byte {len(LINES.encode()) + 1} is zero"),
+    (LINES.encode("utf-16"), "UTF-16"),
+    (b"a" * 5000, "cannot be cut anywhere"),
+])
+def test_a_bad_place_far_in_leaves_nothing(tmp_path, small_limits, data, message):
+    (tmp_path / "text.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        tok.load_tokens(tokenizer_of({(97, 97): 256}), tmp_path / "text.txt", tmp_path)
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda path: os.truncate(path, 1000), lambda path: path.write_text(LINES + LINES)])
+def test_a_text_that_changes_while_it_is_encoded_is_refused(
+        tmp_path, small_limits, in_this_process, monkeypatch, change):
+    path, count = tmp_path / "text.txt", BasicTokenizer.count_characters
+
+    def count_and_change(self, ids):
+        monkeypatch.setattr(BasicTokenizer, "count_characters", count)
+        change(path)
+        return count(self, ids)
+
+    monkeypatch.setattr(BasicTokenizer, "count_characters", count_and_change)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        long_tokens(tmp_path, LINES.encode(), {})
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+@pytest.mark.parametrize("error, raised", [
+    (KeyboardInterrupt(), KeyboardInterrupt),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError),
+    (None, ValueError)])  # the processes are killed
+def test_an_encoding_cut_short_leaves_neither_file_nor_process(
+        tmp_path, small_limits, monkeypatch, error, raised):
+    processes, popen = [], subprocess.Popen
+
+    def start(*args, **options):
+        processes.append(popen(*args, **options))
+        return processes[-1]
+
+    def cut_short(self, ids):
+        for process in [] if error else processes:
+            process.kill()
+        if error:
+            raise error
+        return 0
+
+    monkeypatch.setattr(tok.subprocess, "Popen", start)
+    monkeypatch.setattr(BasicTokenizer, "count_characters", cut_short)
+    with pytest.raises(raised):
+        long_tokens(tmp_path, LINES.encode(), {})
+    assert len(processes) == 2 and all(process.poll() is not None for process in processes)
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs RLIMIT_FSIZE")
+def test_a_full_disk_while_encoding_is_one_line(tmp_path):
+    (tmp_path / "text.txt").write_text(LINES)
+    code = """import resource, sys
+sys.path[:0] = [sys.argv[1]]
+import tokenizer as tok
+tok.LONG, tok.BLOCK = 200, 37
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+tokenizer = tok.BasicTokenizer.__new__(tok.BasicTokenizer)
+tokenizer._use({}, tok.spell({}))
+tok.run_script(lambda: tok.load_tokens(tokenizer, sys.argv[2] + "/text.txt", sys.argv[2]))"""
+    done = subprocess.run([sys.executable, "-c", code, ROOT, tmp_path], capture_output=True,
+                          text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"-c: cannot write {tmp_path / 'tokens.bin'}: File too large\n"
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+def test_a_long_text_is_learned_from_in_whole_lines_spread_evenly(tmp_path, monkeypatch, capsys):
+    lines = [f"line {number:05} — é\n" for number in range(5000)]
+    path = tmp_path / "text.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    monkeypatch.setattr(tok, "LONG", 10_000)
+    monkeypatch.setattr(tok, "PIECE", 1000)
+    text = tok.learning_text(path).decode()
+    pieces = text.splitlines(keepends=True)
+    assert set(pieces) <= set(lines) and 7000 < len(text.encode()) <= 10_000
+    numbers = [int(line[5:10]) for line in pieces]
+    assert numbers == sorted(numbers) and numbers[0] < 50 and numbers[-1] > 4500
+    assert max(b - a for a, b in itertools.pairwise(numbers)) < 500
+    assert "learning from" in capsys.readouterr().out
+    BasicTokenizer(path, 260, out_dir=tmp_path)
+    expected, _ = trained(text.encode(), 260)
+    assert BasicTokenizer(out_dir=tmp_path).merges == expected
+
+
+def test_a_long_text_without_lines_is_learned_from_in_whole_characters(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("日é😀" * 2000, encoding="utf-8")
+    for piece in 101, 102, 103, 104:
+        monkeypatch.setattr(tok, "LONG", 10 * piece)
+        monkeypatch.setattr(tok, "PIECE", piece)
+        text = tok.learning_text(path).decode()
+        assert set(text) == set("日é😀") and 10 * piece - 70 <= len(text.encode()) <= 10 * piece
+
+
+def test_a_text_up_to_the_limit_is_learned_from_whole(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"ab\r\n" * 25)
+    monkeypatch.setattr(tok, "LONG", 100)
+    assert tok.learning_text(path) == b"ab\n" * 25 and not capsys.readouterr().out
 
 
 # ---- hostile and damaged files ----

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import math
 import os
 import pty
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tokenizer
 import train as script
 from conftest import ROOT, TINY, complaint, losses, metrics, run, same_weights, start, wait_for
 from model import GPT, GPTConfig, attention, keep_mask, load_checkpoint, load_model
@@ -680,6 +682,90 @@ def test_a_start_that_is_refused_leaves_nothing(train, finished_run, other_text,
         assert not (tmp_path / "run").exists()
 
 
+# ---- texts larger than memory ----
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """Every text is long, and read and encoded in blocks of 3,000 bytes."""
+    for name, value in ("LONG", 6000), ("PIECE", 1000), ("BLOCK", 3000):
+        monkeypatch.setattr(tokenizer, name, value)
+    monkeypatch.setattr(tokenizer, "usable_cores", lambda: 2)
+
+
+def test_a_text_mapped_from_a_file_trains_as_one_in_memory(train, resume, tmp_path, mapped,
+                                                           monkeypatch, capsys):
+    train(tmp_path / "mapped", "--max_iters", 4, "--eval_interval", 2)
+    assert "learning from" in capsys.readouterr().out
+    (tmp_path / "memory").mkdir()
+    for name in "merges.pkl", "vocab.pkl":
+        shutil.copy(tmp_path / "mapped" / name, tmp_path / "memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "LONG", 10**6)
+        train(tmp_path / "memory", "--max_iters", 4, "--eval_interval", 2)
+    columns = [[{name: row[name] for name in row.keys() - {"seconds", "tokens_per_second"}}
+                for row in metrics(tmp_path / folder)] for folder in ("mapped", "memory")]
+    assert repr(columns[0]) == repr(columns[1])  # nan is not equal to itself
+    assert same_weights(tmp_path / "mapped", tmp_path / "memory")
+    assert not (tmp_path / "memory" / "tokens.bin").exists()
+    # Either goes on from the other, and from the file that is there.
+    (tmp_path / "mapped" / "tokens.bin").rename(tmp_path / "memory" / "tokens.bin")
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode_file", None)
+        resume(tmp_path / "memory", "--max_iters", 6)
+        patch.setattr(tokenizer, "LONG", 10**6)
+        resume(tmp_path / "mapped", "--max_iters", 6)
+    assert same_weights(tmp_path / "mapped", tmp_path / "memory")
+
+
+def test_the_tokens_of_a_long_text_stay_where_they_are(train, tmp_path, mapped, monkeypatch):
+    train(tmp_path, "--max_iters", 1)
+    made = (tmp_path / "tokens.bin").stat().st_ino
+    monkeypatch.setattr(tokenizer, "encode_file", None)
+    train(tmp_path, "--max_iters", 1)
+    assert (tmp_path / "tokens.bin").stat().st_ino == made
+    assert not list(tmp_path.glob("earlier-1/tokens.bin")) and (tmp_path / "earlier-1").exists()
+
+
+def test_another_long_text_gets_a_tokenizer_without_encoding_it_by_the_old_one(
+        train_here, tiny_text, tmp_path, mapped, capsys):
+    train_here(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path, "--max_iters", 1)
+    other = tmp_path / "other.txt"
+    other.write_text(tiny_text.read_text(encoding="utf-8").upper(), encoding="utf-8")
+    capsys.readouterr()
+    train_here(*TINY, "--data_path", other, "--out_dir", tmp_path, "--max_iters", 1)
+    said = capsys.readouterr().out
+    assert "is on another text" in said and "moved the earlier run" in said
+    old, new = (BasicTokenizer(out_dir=folder) for folder in (tmp_path / "earlier-1", tmp_path))
+    assert old.fingerprint != new.fingerprint
+    assert json.loads((tmp_path / "tokens.bin").read_bytes()[:4096])["tokenizer"] == new.fingerprint
+
+
+def test_presets_train_on_a_long_text_without_bpe_dropout_and_say_so(
+        new_trainer, tiny_text, tmp_path, mapped, capsys):
+    flags = *TINY, "--data_path", tiny_text, "--out_dir", tmp_path / "a", "--preset", "fast"
+    trainer = new_trainer(*flags)
+    assert trainer.args.bpe_dropout == 0
+    assert capsys.readouterr().out.count("without BPE-dropout") == 1
+    assert trainer.training_tokens() is trainer.data["train"]
+
+
+def test_a_network_on_a_long_text_is_quantized_alike(finished_run, tiny_text, tmp_path, mapped,
+                                                     monkeypatch, capsys):
+    import quantize
+
+    said = []
+    for limit in 10**6, 6000:
+        monkeypatch.setattr(tokenizer, "LONG", limit)
+        run = shutil.copytree(finished_run, tmp_path / str(limit))
+        flags = "--out_dir", run, "--data_path", tiny_text
+        monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, flags)])
+        quantize.main()
+        captured = capsys.readouterr()
+        said += [[line for line in captured.out.splitlines() if "loss" in line], captured.err]
+    assert said[:2] == said[2:] and len(said[0]) == 2 and not said[1]
+    assert (run / "tokens.bin").exists()
+
+
 # ---- starting from another network ----
 
 def test_a_run_starts_from_another_network_on_another_text(train, train_here, resume, finished_run,
@@ -941,17 +1027,17 @@ def test_a_training_temperature_changes_the_training_and_not_the_measure(train, 
 
 # ---- more than one process ----
 
-def torchrun(folder, text, *args):
+def torchrun(folder, text, *args, script=ROOT / "train.py"):
     """Returns the command that trains on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-               ROOT / "train.py", *TINY, "--data_path", text, "--out_dir", folder, *args]
+               script, *TINY, "--data_path", text, "--out_dir", folder, *args]
     return [*map(str, command)]
 
 
-def run_two(*args):
+def run_two(*args, **options):
     """Trains on two processes, to the end. Returns what was printed."""
-    process = subprocess.run(torchrun(*args), capture_output=True, text=True, timeout=300,
-                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.run(torchrun(*args, **options), capture_output=True, text=True,
+                             timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -969,6 +1055,27 @@ def test_two_processes_follow_the_curve_of_one(train, tiny_text, tmp_path):
     for iteration in one:
         assert two[iteration] == pytest.approx(one[iteration], abs=1e-4)
         assert joined[iteration] == pytest.approx(one[iteration], abs=1e-4)
+
+
+def test_one_of_two_processes_encodes_a_long_text_and_both_map_it(train, tiny_text, tmp_path):
+    short = tmp_path / "limits.py"
+    short.write_text(f"import os, sys\nsys.path[:0] = [{str(ROOT)!r}]\nimport tokenizer, train\n"
+                     "tokenizer.LONG, tokenizer.PIECE, encode = 6000, 1000, tokenizer.encode_file\n"
+                     "def encode_file(*args):\n"
+                     "    print('encoding on rank', os.environ['RANK'])\n"
+                     "    encode(*args)\n"
+                     "tokenizer.encode_file = encode_file\n"
+                     "tokenizer.run_script(train.main)\n")
+    flags = ("--max_iters", 4, "--eval_interval", 2, "--dropout", 0, "--attention_dropout", 0,
+             "--dtype", "float32")
+    printed = run_two(tmp_path / "long", tiny_text, *flags, script=short)
+    assert printed.count("encoding on rank 0") == 1 and "encoding on rank 1" not in printed
+    (tmp_path / "short").mkdir()
+    for name in "merges.pkl", "vocab.pkl":
+        shutil.copy(tmp_path / "long" / name, tmp_path / "short")
+    train(tmp_path / "short", *flags)
+    one, two = losses(tmp_path / "short"), losses(tmp_path / "long")
+    assert two[4] == pytest.approx(one[4], abs=1e-4)
 
 
 def test_two_processes_with_a_teacher_resume_bit_for_bit(tiny_text, finished_run, tmp_path):
