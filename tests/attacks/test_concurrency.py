@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train
-from conftest import FORKS, ROOT, TINY, start
+from conftest import FORKS, ROOT, TINY, metrics, start
 from model import load_checkpoint, load_model, save_checkpoint
 from tokenizer import BasicTokenizer
 
@@ -93,17 +93,19 @@ def test_a_terminal_resized_again_and_again(tiny_text, tmp_path):
     assert resized > 20 and b"Traceback" not in drawn
 
 
-def test_a_clock_that_jumps_by_years_is_not_looked_at(tiny_text, tmp_path, monkeypatch,
+def test_a_clock_that_jumps_by_years_is_not_looked_at(tiny_text, tmp_path, monkeypatch, train_here,
                                                       new_trainer):
-    chance = random.Random(10)
+    chance, flags = random.Random(10), [*TINY, "--data_path", tiny_text, "--out_dir", tmp_path]
     monkeypatch.setattr(time, "time", lambda: chance.uniform(-1e9, 1e10))
-    trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path,
-                          "--max_iters", 6, "--eval_interval", 2)
-    trainer.run()
-    monkeypatch.setattr(time, "monotonic", lambda: 5.0)  # so coarse that it stands still
-    assert trainer.tokens_per_second() >= 0 and trainer.metrics[-1]["tokens_per_second"] > 0
-    for row in trainer.metrics:
+    train_here(*flags, "--max_iters", 6, "--eval_interval", 2)
+    rows = metrics(tmp_path)
+    assert len(rows) == 4 and rows[-1]["tokens_per_second"] > 0
+    for row in rows:
         assert 0 <= row["seconds"] < 1e6 and 0 <= row["tokens_per_second"] < 1e9
+    trainer = new_trainer(*flags)
+    trainer.mark = 0, 5.0
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)  # so coarse that it stands still
+    assert trainer.tokens_per_second() == 0
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""

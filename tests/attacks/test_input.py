@@ -125,6 +125,8 @@ BOUNDS = {
     "train": {
         **dict.fromkeys(["data_path", "out_dir", "device"], ANY),
         "teacher": ([__file__], ["", "no/such/file"]),
+        "init_from": ([str(tokenizer.PRETRAINED / "model.pt")], ["", "no/such/file"]),
+        "init_heads": (["0", "1"], ["-1", "2", *WHOLE]),
         "preset": (["reference", "fast", "best"], ["", "slow"]),
         "dtype": (["auto", "float32", "bfloat16", "float16"], ["", "int8"]),
         "vocab_size": VOCABULARY, "n_layer": (["1", "1000"], ["0", "1001", *WHOLE]),
@@ -151,11 +153,12 @@ BOUNDS = {
                         "megabytes": (["1", "1,10"], ["0", "1,,2", "1,-1", *WHOLE])},
     "bench train": {"data_path": ANY, "repeats": FROM_1, "batch_size": FROM_1, "device": ANY,
                     "nanogpt": ANY},
-    "bench sample": {"repeats": FROM_1, "device": ANY},
+    "bench sample": {"repeats": FROM_1, "device": ANY, "llama2c": ANY},
     "bench loss": {"out_dir": ANY, "data_path": ANY},
     "bench quantize": {"repeats": FROM_1, "out_dir": ANY, "data_path": ANY},
 }
-SWITCHES = {"train": ["resume", "compile", "no-compile"], "tokenizer train": ["verbose"]}
+SWITCHES = {"train": ["resume", "compile", "no-compile"], "tokenizer train": ["verbose"],
+            "bench sample": ["beside"]}
 MODULES = {module.__name__: module
            for module in (train, generate, quantize, plots, tokenizer, bench)}
 
