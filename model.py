@@ -785,9 +785,11 @@ class MappedTokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, places: torch.Tensor) -> torch.Tensor:
-        """Returns the tokens at places, int64 of any shape, as int32 of that shape."""
-        tokens = torch.from_numpy(self.ids[places.cpu().numpy()].astype(np.int32))
+    def __getitem__(self, places: torch.Tensor | slice) -> torch.Tensor:
+        """Returns the tokens at places, int64 of any shape, or in a slice, as int32."""
+        if isinstance(places, torch.Tensor):
+            places = places.cpu().numpy()
+        tokens = torch.from_numpy(self.ids[places].astype(np.int32))
         if self.device.type == "cuda":  # does not wait for the GPU to finish what it is at
             return tokens.pin_memory().to(self.device, non_blocking=True)
         return tokens.to(self.device)

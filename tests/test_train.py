@@ -742,7 +742,7 @@ def test_another_long_text_gets_a_tokenizer_without_encoding_it_by_the_old_one(
 
 def test_presets_train_on_a_long_text_without_bpe_dropout_and_say_so(
         new_trainer, tiny_text, tmp_path, mapped, capsys):
-    flags = *TINY, "--data_path", tiny_text, "--out_dir", tmp_path / "a", "--preset", "fast"
+    flags = *TINY, "--data_path", tiny_text, "--out_dir", tmp_path / "a", "--preset", "best"
     trainer = new_trainer(*flags)
     assert trainer.args.bpe_dropout == 0
     assert capsys.readouterr().out.count("without BPE-dropout") == 1
