@@ -4,8 +4,8 @@
     logits, loss = model(idx, targets)              # idx, targets: (B, T) int64
     ids = model.generate(idx, max_new_tokens=100)   # (B, T + 100)
 
-Read down to `sample`: that is all there is to a GPT. The sections below it can be skipped at first:
-they compute the same, faster, or keep files and devices in order.
+Read down to `sample`: that is all there is to a GPT. `split` and `windows`, further down, make what
+it is trained on. All else can be skipped at first: it computes the same, faster, or is for files.
 
 Shapes: B sequences of T tokens, C = n_embd channels, H heads of D channels, V = vocab_size.
 """
@@ -49,7 +49,7 @@ class GPTConfig:
 
     @property
     def head_size(self) -> int:
-        """Channels of a head; all heads together are narrower than n_embd if it leaves a rest."""
+        """Channels of a head, 232 // 6 = 38, so that six heads have 228 of the 232 channels."""
         return self.n_embd // self.n_head
 
 
@@ -61,11 +61,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     (its value). The better a key matches a query, the more of its value the query's token gets.
 
     q, k, v: (B, H, T, D). Returns what each token gathers, (B, H, T, D), and the weights with which
-    it does, (B, H, T, T), a row for each query. `dropout` of them count as 0, the rest for more.
+    it does, (B, H, T, T), a row for each query. A share `dropout` of them is set to 0.
+    Who changes this changes its faster versions, too: two below, `Decoder.read`, `numpy_read`.
     """
     T, D = q.shape[-2:]
-    # A score is a sum of D products, so it grows with D. Undivided, it would soon be so large that
-    # softmax gave all weight to one token, and no gradient to the others.
+    # A score is a sum of D products, whose spread grows with sqrt(D). Undivided, some would be so
+    # large that softmax gave all weight to one token, and no gradient to the others.
     scores = q @ k.transpose(-2, -1) * D ** -0.5  # (B, H, T, T)
     # A token that could see the one it has to predict would learn to copy, not to predict.
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
@@ -87,7 +88,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
         """x: (B, T, C) -> (B, T, C). Keys and values are left in `cache`, see `Decoder`."""
         if x.device.type == "cuda":
-            return gpu_attention(self, x, cache)
+            return gpu_attention(self, x, cache)  # does the same
         B, T, _ = x.shape
         # One product makes query, key and value of all heads. Each head sees D channels of its own,
         # so that one can look for the word before, say, while another looks for who is speaking.
@@ -119,9 +120,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, in which tokens exchange what they know, then feed-forward, which digests it.
 
-    Both add to their input, the residual stream (He et al. 2016), which so runs through all blocks
-    unbroken: gradients come back along it undamped. Each reads it normalised (pre-norm), as its
-    numbers grow with every addition; the stream itself is never normalised on the way.
+    Both add what they find to x, the residual stream (He et al. 2016). Nothing else changes x, so
+    gradients flow back through the sum undamped. As x grows with every addition, both read a copy
+    that is normalised (pre-norm).
     """
 
     def __init__(self, config: GPTConfig):
@@ -142,7 +143,7 @@ class GPT(nn.Module):
     """The network: embeddings, n_layer blocks, a last norm and an output head.
 
     It is that of GPT-2 (Radford et al. 2019), but with ReLU, no bias in query, key and value, no
-    dropout on the embeddings, and a head with weights of its own.
+    dropout on the embeddings, and an output head with weights and a bias of its own.
     """
 
     def __init__(self, config: GPTConfig):
@@ -155,7 +156,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size)
 
     def init_weights(self, std: float) -> None:
-        """Draws the matrices from a normal distribution, as GPT-2 does; biases become 0.
+        """Draws the matrices from a normal distribution, as GPT-2 does, in place of PyTorch's.
 
         Those that write into the residual stream start smaller, as 2 * n_layer of them add up.
         """
@@ -253,18 +254,18 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0
         likeliest, order = probs.sort(descending=True)
         beyond = likeliest.cumsum(-1) - likeliest >= max(top_p, 1e-30)  # those before reach p
         probs = probs.scatter(1, order, likeliest.masked_fill(beyond, 0.0))
-    # Laid side by side the probabilities fill [0, 1]: the token is drawn in whose part uniform is.
-    # The factor keeps it in a part of positive length where float32 rounds up.
+    # Laid end to end the probabilities fill [0, 1], and the token is drawn whose piece holds
+    # `uniform`. The factor keeps it off the very end, where rounding could take it beyond.
     cdf = probs.cumsum(-1)
     return (cdf <= uniform[:, None] * cdf[:, -1:] * (1 - 2**-22)).sum(-1)
 
 
 # ---- fast dropout and attention ------------------------------------------------------------------
-# On a CPU, attention and drawing dropout's masks would take most of a training step. What follows
-# needs a third of the time of `attention` or less, forward and backward, and of PyTorch's dropout
-# (two cores, float32, this network's sizes); on a GPU it calls a fused kernel.
+# On a CPU, attention and drawing dropout's masks would take most of a training step. Here both take
+# a third of the time, or less, of `attention` and of PyTorch's dropout, forward and backward (two
+# cores, float32, this network's sizes). On a GPU a fused kernel attends.
 
-QUERIES = 64  # at once: fewer start more operations, more look at more that lies in the future
+QUERIES = 64  # at a time: fewer start more operations, more compute more scores of the future
 this_thread = threading.local()
 
 
@@ -310,7 +311,7 @@ def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     gradients, which are as long as what was sliced, stay short.
     """
     B, H, T, D = q.shape
-    v = v * (1 / (1 - dropout))  # the weights are many more
+    v = v * (1 / (1 - dropout))  # in place of the weights, which are many more numbers
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     future = torch.full((T, T), float("-inf"), dtype=v.dtype).triu(1)
     rows, end = [], T

@@ -1,12 +1,16 @@
 """Trains the network on a text, and its tokenizer first if there is none.
 
     python train.py                                   # Tiny Shakespeare, as it was published
-    python train.py --preset fast                     # a lower loss in 600 iterations than in 5,000
+    python train.py --preset fast                     # a lower loss in some minutes
     python train.py --data_path my.txt --out_dir checkpoints/mine
     python train.py --resume                          # goes on where a run was stopped
     torchrun --nproc_per_node 2 train.py              # two GPUs, or processes, share each batch
 
-All lands in --out_dir: the tokenizer, model.pt (best weights), last.pt (to resume), metrics.csv.
+All lands in --out_dir: the tokenizer, model.pt (the weights with the lowest validation loss),
+last.pt (all it takes to resume), metrics.csv (a row for each evaluation) and histograms.npz.
+
+To learn how training works, read `schedule`, `Trainer.step` and what it calls, and `evaluate`.
+The rest makes it better, faster or safe.
 """
 import argparse
 import contextlib
@@ -30,41 +34,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import (
-    EVAL_TOKENS,
-    GPT,
-    GPTConfig,
-    MappedTokens,
-    choose_device,
-    cuda_graph,
-    dropout_from,
-    limit_threads,
-    load_checkpoint,
-    load_model,
-    mean_loss,
-    save_checkpoint,
-    split,
-    tile_starts,
-    windows,
-)
-from tokenizer import (
-    CHECKPOINTS,
-    DEFAULT_TEXT,
-    MAX_VOCAB,
-    PRETRAINED,
-    TEMPERATURE,
-    BasicTokenizer,
-    atomic_write,
-    bounded,
-    digests,
-    is_long,
-    load_tokens,
-    matching,
-    one_file,
-    out_of_memory,
-    read_text,
-    run_script,
-)
+from model import (EVAL_TOKENS, GPT, GPTConfig, MappedTokens, choose_device, cuda_graph,
+                   dropout_from, limit_threads, load_checkpoint, load_model, mean_loss,
+                   save_checkpoint, split, tile_starts, windows)
+from tokenizer import (CHECKPOINTS, DEFAULT_TEXT, MAX_VOCAB, PRETRAINED, TEMPERATURE,
+                       BasicTokenizer, atomic_write, bounded, digests, is_long, load_tokens,
+                       matching, one_file, out_of_memory, read_text, run_script)
 
 # ---- what is trained, and how --------------------------------------------------------------------
 
@@ -77,8 +52,8 @@ FLAGS = [  # name, default (the published run's), smallest, meaning
     ("dropout", 0.2, 0, "share of activations dropped after attention and feed-forward"),
     ("attention_dropout", 0.2, 0, "share of attention weights dropped"),
     ("batch_size", 64, 1, "sequences in a batch, all processes together"),
-    ("gradient_accumulation_steps", 0, 0, "parts a batch is computed in, one after the other "
-     "or on a CPU one for each core; 0: one, on a CPU parts of about 1,024 tokens"),
+    ("gradient_accumulation_steps", 0, 0, "parts that a batch is split into, to save memory; 0: "
+     "one, or on a CPU, whose cores each compute one at a time, parts of about 1,024 tokens"),
     ("max_iters", 5000, 1, "iterations in all"),
     ("learning_rate", 3e-4, 0, "step size of AdamW"),
     ("warmup_iters", 0, 0, "iterations over which the learning rates rise from 0"),
@@ -122,57 +97,6 @@ def schedule(iteration: int, args: argparse.Namespace) -> float:
     return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2  # Loshchilov & Hutter 2017
 
 
-# ---- initial values ------------------------------------------------------------------------------
-# A network from scratch first learns where things stand: which token is the one before, and where
-# the last ones occurred earlier. That takes it a million tokens or more, in which the loss hardly
-# falls. Given as initial values, which training may change, it learns from the first batch on.
-
-
-@torch.no_grad()
-def init_heads(model: GPT, tokens: torch.Tensor) -> None:
-    """Lets some heads look back, or for repetitions, and the head expect the text's frequencies.
-
-    Positions are sinusoids (Vaswani et al. 2017) in half of the channels. In the first layer, head
-    h looks h + 1 tokens back. Its first two heads leave what they see in channels of their own, by
-    which two heads of the second layer find where the last token, or the last two, occurred before:
-    there stands what followed (induction heads, Olsson et al. 2022). tokens: (N,) int64 or int32.
-    """
-    C, H, D = model.config.n_embd, model.config.n_head, model.config.head_size
-    pairs, half = C // 4, D // 2  # of a sine and a cosine: in all positions, and in a head
-    frequencies = math.pi * 100 ** (-torch.arange(pairs) / pairs)
-    angles = torch.arange(model.config.block_size)[:, None] * frequencies
-    positions = model.position_embedding.weight.zero_()
-    positions[:, :pairs], positions[:, pairs:2 * pairs] = 0.15 * angles.sin(), 0.15 * angles.cos()
-    torch.nn.init.normal_(model.token_embedding.weight, std=0.06)
-    counts = torch.bincount(tokens, minlength=model.config.vocab_size) + 1
-    model.head.bias.copy_((counts / counts.sum()).log())
-    for block in model.blocks:
-        torch.nn.init.zeros_(block.attn.proj.weight)
-        torch.nn.init.zeros_(block.ffwd.down.weight)
-    q, k, v = model.blocks[0].attn.qkv.weight.view(3, H, D, C)
-    q.zero_(), k.zero_()
-    i, sine = torch.arange(half), torch.linspace(0, pairs - 1, half).long()
-    for h in range(H):  # a query is its position, turned back by h + 1 tokens
-        turn, cosine = frequencies[sine] * (h + 1), sine + pairs
-        k[h, i, sine] = k[h, i + half, cosine] = 1.0
-        q[h, i, sine] = q[h, i + half, cosine] = turn.cos()
-        q[h, i, cosine], q[h, i + half, sine] = -turn.sin(), turn.sin()
-    if min(H, len(model.blocks)) < 2:
-        return
-    n = min(D, C // 5) // 2  # half of the channels that a token gets, and so does the one before
-    i = torch.arange(2 * n)
-    token, before, before_that = C // 2 + i, C // 2 + 2 * n + i, C // 2 + 4 * n + i[:n]
-    out = model.blocks[0].attn.proj.weight.view(C, H, D)
-    v[:2] = 0
-    v[0, i, token] = v[1, i[:n], token[:n]] = 1.0
-    out[before, 0, i] = out[before_that, 1, i[:n]] = 0.3
-    q, k, _ = model.blocks[1].attn.qkv.weight.view(3, H, D, C)
-    q[:2], k[:2] = 0, 0
-    q[0, i, token] = k[0, i, before] = 1.5
-    q[1, i[:n], token[:n]] = k[1, i[:n], before[:n]] = 1.5
-    q[1, n + i[:n], before[:n]] = k[1, n + i[:n], before_that] = 1.5
-
-
 # ---- optimizers and teachers ---------------------------------------------------------------------
 
 MUON_MOMENTUM = 0.95
@@ -202,10 +126,10 @@ def build_optimizers(model: GPT, args: argparse.Namespace) -> list[torch.optim.O
 class Muon(torch.optim.Optimizer):
     """Moves each matrix along its momentum, made orthogonal (Jordan et al. 2024).
 
-    All directions in which a matrix can change then change it alike, where the gradient would
-    change it in few. It is `torch.optim.Muon`, but takes matrices of one shape in one product, and
-    in the format that the hardware is fast in. On a processor without bfloat16, whose products
-    PyTorch makes one number at a time, that takes a twentieth of the time.
+    A gradient changes a matrix mostly in a few directions. Made orthogonal, it goes equally far in
+    all. This is `torch.optim.Muon`, but it multiplies matrices of one shape at once, and in the
+    format that the hardware is fast in. On a processor without bfloat16 instructions a step takes a
+    twentieth of the time of PyTorch's, which multiplies in bfloat16 everywhere.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], lr: torch.Tensor, weight_decay: float):
@@ -270,6 +194,8 @@ SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in 
 class Trainer:
     """One training run: the data on its device, the network, the optimizers, the loop in `run`.
 
+    A step sets the learning rates, draws a batch, and moves the weights against the gradient of its
+    loss. `plain_gradients` computes that as textbooks do; its two siblings do the same, faster.
     Under torchrun each process has one; they share every batch, and only the master (rank 0) prints
     and writes.
     """
@@ -293,7 +219,8 @@ class Trainer:
         if args.init_std:
             self.model.init_weights(args.init_std)
         if args.init_heads:
-            init_heads(self.model, self.data["train"][:2**20].cpu())
+            some = torch.arange(min(2**20, len(self.data["train"])), device=self.device)
+            init_heads(self.model, self.data["train"][some].cpu())
         if args.init_from:
             start, _ = load_model(args.init_from, self.tokenizer.fingerprint)
             self.model.load_state_dict(start.state_dict())
@@ -306,6 +233,7 @@ class Trainer:
         mapped = isinstance(self.data["train"], MappedTokens)
         self.batch_rng = torch.Generator("cpu" if mapped else self.device).manual_seed(args.seed)
         on_cpu = self.device.type == "cpu"
+        # Dropout draws from PyTorch's own generator, of which each device has one.
         self.dropout_rng = torch if on_cpu else torch.get_device_module(self.device)
         self.dropout_rng.manual_seed(args.seed + self.rank)
         self.iteration, self.tokens_seen, self.seconds = 0, 0, 0.0
@@ -366,7 +294,7 @@ class Trainer:
 
     def learn(self, batch: list[tuple]) -> torch.Tensor:
         """Moves the weights against the gradients of a batch's loss, and returns that, a scalar."""
-        loss = self.gradients(batch)  # plainly, on all cores of a CPU, or recorded: see below
+        loss = self.gradients(batch)  # one of the three ways below
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
@@ -895,6 +823,60 @@ class Trainer:
                 f"{self.args.max_iters} of {self.args.batch_size} x {self.args.block_size} tokens")
 
 
+# ---- initial values ------------------------------------------------------------------------------
+# A network from scratch first has to learn which token came before, and where the last tokens
+# occurred earlier. That takes it a million tokens and more, in which the loss hardly falls. Here
+# both are written into the initial weights; training may change them.
+
+
+@torch.no_grad()
+def init_heads(model: GPT, tokens: torch.Tensor) -> None:
+    """Lets some heads look back, others for repetitions, and the output expect frequent tokens.
+
+    Positions are sinusoids (Vaswani et al. 2017) in half of the channels. In the first layer, head
+    h looks at the token h + 1 places back; heads 0 and 1 copy what they see there into channels of
+    their own. In the second layer, head 0 looks for places that follow the same token as the one
+    just read, head 1 for those that follow the same two: there stands what came next that time
+    (induction heads, Olsson et al. 2022). All else that blocks add starts at 0. The factors were
+    found by trial. tokens, of the text: (N,) int64 or int32.
+    """
+    C, H, D = model.config.n_embd, model.config.n_head, model.config.head_size
+    pairs, half = C // 4, D // 2  # of a sine and a cosine: in all positions, and in a head
+    frequencies = math.pi * 100 ** (-torch.arange(pairs) / pairs)
+    angles = torch.arange(model.config.block_size)[:, None] * frequencies
+    positions = model.position_embedding.weight.zero_()
+    positions[:, :pairs], positions[:, pairs:2 * pairs] = 0.15 * angles.sin(), 0.15 * angles.cos()
+    torch.nn.init.normal_(model.token_embedding.weight, std=0.06)
+    counts = torch.bincount(tokens, minlength=model.config.vocab_size) + 1
+    model.head.bias.copy_((counts / counts.sum()).log())
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+        torch.nn.init.zeros_(block.ffwd.down.weight)
+    q, k, v = model.blocks[0].attn.qkv.weight.view(3, H, D, C)
+    q.zero_(), k.zero_()
+    i, sine = torch.arange(half), torch.linspace(0, pairs - 1, half).long()
+    for h in range(H):  # a query is its position, turned back by h + 1 tokens
+        turn, cosine = frequencies[sine] * (h + 1), sine + pairs
+        k[h, i, sine] = k[h, i + half, cosine] = 1.0
+        q[h, i, sine] = q[h, i + half, cosine] = turn.cos()
+        q[h, i, cosine], q[h, i + half, sine] = -turn.sin(), turn.sin()
+    if min(H, len(model.blocks)) < 2:
+        return
+    # What follows are lists of channels: of a token, and of the tokens one and two places before.
+    n = min(D, C // 5) // 2
+    i = torch.arange(2 * n)
+    token, before, before_that = C // 2 + i, C // 2 + 2 * n + i, C // 2 + 4 * n + i[:n]
+    out = model.blocks[0].attn.proj.weight.view(C, H, D)
+    v[:2] = 0
+    v[0, i, token] = v[1, i[:n], token[:n]] = 1.0
+    out[before, 0, i] = out[before_that, 1, i[:n]] = 0.3
+    q, k, _ = model.blocks[1].attn.qkv.weight.view(3, H, D, C)
+    q[:2], k[:2] = 0, 0
+    q[0, i, token] = k[0, i, before] = 1.5
+    q[1, i[:n], token[:n]] = k[1, i[:n], before[:n]] = 1.5
+    q[1, n + i[:n], before[:n]] = k[1, n + i[:n], before_that] = 1.5
+
+
 # ---- what a run needs ----------------------------------------------------------------------------
 
 
@@ -1186,7 +1168,7 @@ def make_parser() -> argparse.ArgumentParser:
                        help="folder for all a run makes (default: checkpoints/)")
     files.add_argument("--preset", choices=PRESETS, default="reference",
                        help="values for the flags not given: those of the published run "
-                       "(reference), of one that has a lower loss after 600 iterations (fast), or "
+                       "(reference), of one that has a lower loss in minutes (fast), or "
                        "of a longer one that gets farther, above all with a --teacher (best) "
                        "(default: reference)")
     files.add_argument("--teacher", type=lambda path: str(absolute(path)), nargs="+", default=[],
