@@ -8,7 +8,7 @@
 Tokens 0 to 255 are the bytes. Each further token is the most frequent pair of neighbours in the
 text so far, merged into one (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a
 pair, `learn` chooses the pairs, `BasicTokenizer` applies them to any text. tests/textbook_bpe.py
-does the same slowly, in 50 lines: read it first.
+does the same slowly, in 50 lines: read it first. From `files` on all can wait.
 """
 import argparse
 import codecs
@@ -155,15 +155,15 @@ def learn(tokens: TokenSequence, vocab_size: int) -> Iterator[tuple[Pair, int, i
     new token, count) of each merge. Raises ValueError if the text runs out of pairs.
 
     The textbook counts all pairs anew for each merge. Here a pair is counted once, when its younger
-    token is made, into a heap of (-count, first place, pair). After that it only gets rarer and
-    starts later, so an entry never ranks too low: the one on top is brought up to date, and if it
-    stays on top, it is the best. `most` spares most searches of the text for that. It bounds each
-    count from above: what pairs with the new token gain, pairs with the two merged lose.
+    token is made, into a heap of (-count, first place, pair). From then on its count only falls and
+    its first place only moves on, so the heap never holds less than the truth: if the pair on top
+    stays there when it is counted once more, it is the best. `at_most[pair]` is an upper bound of
+    each count, which a merge lowers without a look at the text, so that few have to be counted.
     """
-    most = count_pairs(tokens.head[:-1])
-    heap = sorted((-count, 0, pair) for pair, count in most.items())  # a sorted list is a heap
+    at_most = count_pairs(tokens.head[:-1])
+    heap = sorted((-count, 0, pair) for pair, count in at_most.items())  # a sorted list is a heap
     for new in range(256, vocab_size):
-        pair, places = pop_best(heap, most, tokens)
+        pair, places = pop_best(heap, at_most, tokens)
         if not pair:
             raise ValueError("the text has no pair left to merge: "
                              f"vocab_size can be {new} at most, not {vocab_size}")
@@ -171,29 +171,29 @@ def learn(tokens: TokenSequence, vocab_size: int) -> Iterator[tuple[Pair, int, i
         before, after = tokens.merge(pair, places, new)
         # [:new] leaves out the hole, and `new` itself, as the second loop counts (new, new)
         for token, count in tally(np.bincount(before, minlength=new)[:new]):
-            most[token, pair[0]] -= count
-            most[token, new] = count
+            at_most[token, pair[0]] -= count
+            at_most[token, new] = count
             heappush(heap, (-count, int(places[0]) - tokens.size[token], (token, new)))
         for token, count in tally(np.bincount(after, minlength=new)[:new + 1]):
             if token != new:
-                most[pair[1], token] -= count
-            most[new, token] = count
+                at_most[pair[1], token] -= count
+            at_most[new, token] = count
             heappush(heap, (-count, int(places[0]), (new, token)))
 
 
-def pop_best(heap: list[tuple[int, int, Pair]], most: dict[Pair, int],
+def pop_best(heap: list[tuple[int, int, Pair]], at_most: dict[Pair, int],
              tokens: TokenSequence) -> tuple[Pair | None, np.ndarray | None]:
     """Takes the best pair off the heap of `learn`, with its places; (None, None) at the end."""
     while heap:
         count, first, pair = heap[0]
-        if most[pair] < -count:
-            heapreplace(heap, (-most[pair], first, pair))
+        if at_most[pair] < -count:
+            heapreplace(heap, (-at_most[pair], first, pair))
             continue
         places = tokens.find(pair)
         if not len(places):
             heappop(heap)
             continue
-        most[pair] = len(places)
+        at_most[pair] = len(places)
         entry = (-len(places), int(places[0]), pair)
         heapreplace(heap, entry)
         if heap[0] is entry:

@@ -219,8 +219,7 @@ class Trainer:
         if args.init_std:
             self.model.init_weights(args.init_std)
         if args.init_heads:
-            some = torch.arange(min(2**20, len(self.data["train"])), device=self.device)
-            init_heads(self.model, self.data["train"][some].cpu())
+            init_heads(self.model, self.data["train"][:2**20].cpu())
         if args.init_from:
             start, _ = load_model(args.init_from, self.tokenizer.fingerprint)
             self.model.load_state_dict(start.state_dict())
