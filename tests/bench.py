@@ -19,11 +19,13 @@ import importlib.util
 import io
 import math
 import os
+import re
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -148,15 +150,46 @@ def measure_size(data_path: Path, megabytes: int) -> None:
     source = read_text(data_path)
     if not source.isascii():
         raise ValueError(f"{data_path} is not ASCII: drawing its bytes anew would not leave a text")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, sampled_memory() as samples:
         path = Path(folder) / "text.txt"
         write_text(path, source.encode(), megabytes * 10**6)
         train = seconds(lambda: train_quietly(path, 500))
-        tokenizer, text = train_quietly(data_path, 500), read_text(path)
-        encode = seconds(lambda: tokenizer.encode_array(text))
-        tokens = len(tokenizer.encode_array(text))
+        tokenizer = train_quietly(data_path, 500)
+        encode = seconds(lambda: load_tokens(tokenizer, path, folder))
+        tokens = len(load_tokens(tokenizer, path, folder).ids)
+    memory = max(samples) or peak_memory()
     print(f"| {megabytes} MB | {train:.2f} s | {megabytes / train:.1f} MB/s | {encode:.2f} s | "
-          f"{megabytes / encode:.1f} MB/s | {tokens:,} | {peak_memory() / 1e6:,.0f} MB |")
+          f"{megabytes / encode:.1f} MB/s | {tokens:,} | {memory / 1e6:,.0f} MB |")
+
+
+@contextlib.contextmanager
+def sampled_memory() -> Iterator[list[int]]:
+    """Yields a list that grows, five times a second, by the bytes this process and its children
+    hold, without pages mapped from files; zeros where there is no Linux to tell."""
+    samples, ended = [0], threading.Event()
+
+    def held(folder: Path) -> int:
+        parent = folder.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+        if str(os.getpid()) not in (parent, folder.name):
+            return 0
+        rollup = folder.joinpath("smaps_rollup").read_text()
+        return 1024 * int(re.search(r"Pss_Anon: +(\d+)", rollup)[1])
+
+    def sample() -> None:
+        while not ended.wait(0.2):
+            total = 0
+            for folder in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):  # it has just ended
+                    total += held(folder)
+            samples.append(total)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        thread.join()
 
 
 # ---- training ----
