@@ -1,4 +1,4 @@
-"""train.ipynb: saved as it ran, from top to bottom, with commands that exist and nothing of the machine it ran on."""
+"""train.ipynb: saved as it ran, from top to bottom, with nothing of the machine it ran on."""
 import ast
 import contextlib
 import json
@@ -20,14 +20,17 @@ from model import load_checkpoint
 PATH = ROOT / "train.ipynb"
 NOTEBOOK = json.loads(PATH.read_text(encoding="utf-8"))
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:bin|content(?!/drive)|etc|home|mnt|opt|private|root|srv|tmp|usr|var|Users)/|\b[A-Z]:\\")
+FOLDERS = "bin|content(?!/drive)|etc|home|mnt|opt|private|root|srv|tmp|usr|var|Users"
+MACHINE_PATH = re.compile(rf"(?<![\w.:/])/(?:{FOLDERS})/|\b[A-Z]:\\")
 
 
 def commands():
-    """What the notebook passes to its python(): every command as one string, with the parts that depend on QUICK."""
-    calls = [node for cell in CODE for node in ast.walk(ast.parse("".join(cell["source"])))
-             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "python"]
-    return ["".join(node.value for node in ast.walk(call) if isinstance(node, ast.Constant)) for call in calls]
+    """Every command that the notebook passes to its python(), with the parts for QUICK alone."""
+    nodes = [node for cell in CODE for node in ast.walk(ast.parse("".join(cell["source"])))]
+    calls = [node for node in nodes if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Name) and node.func.id == "python"]
+    return ["".join(node.value for node in ast.walk(call) if isinstance(node, ast.Constant))
+            for call in calls]
 
 
 def texts():
@@ -36,7 +39,8 @@ def texts():
         yield "".join(cell["source"])
         for output in cell.get("outputs", []):
             yield "".join(output.get("text", []))
-            yield from ("".join(value) for kind, value in output.get("data", {}).items() if kind.startswith("text/"))
+            data = output.get("data", {})
+            yield from ("".join(data[kind]) for kind in data if kind.startswith("text/"))
 
 
 def test_it_is_a_notebook_of_format_4_and_not_large():
@@ -47,7 +51,8 @@ def test_it_is_a_notebook_of_format_4_and_not_large():
 def test_all_its_code_ran_in_order_and_without_an_error():
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
     outputs = [output for cell in CODE for output in cell["outputs"]]
-    assert all(output["output_type"] != "error" and output.get("name") != "stderr" for output in outputs)
+    assert all(output["output_type"] != "error" for output in outputs)
+    assert all(output.get("name") != "stderr" for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
 
 
@@ -75,7 +80,8 @@ def test_it_tells_nothing_of_the_machine_it_ran_on():
 
 def test_the_pattern_knows_a_path_of_a_machine():
     assert all(map(MACHINE_PATH.search, ["in /tmp/x", '"/home/me/gpt"', "C:\\gpt"]))
-    assert not any(map(MACHINE_PATH.search, ["checkpoints/tmp/x", "https://github.com/home/x", "and/or"]))
+    harmless = ["checkpoints/tmp/x", "https://github.com/home/x", "and/or"]
+    assert not any(map(MACHINE_PATH.search, harmless))
 
 
 # ---- what its cells do ----
