@@ -2,7 +2,7 @@
 
     python plots.py                                # loss, relu_training, _outputs, _gradients.png
     python plots.py --format svg                   # the same as vector graphics
-    python plots.py --attention "ROMEO: But soft"  # attention, expected.png: how this text is read
+    python plots.py --attention "ROMEO: But soft"  # attention, expected.png: how it reads a text
 
 metrics.csv has a row for each evaluation; histograms.npz the ReLU outputs and gradients of the last
 one. Only --attention loads the network.
