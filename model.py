@@ -5,7 +5,8 @@
     ids = model.generate(idx, max_new_tokens=100)   # (B, T + 100)
 
 Read down to `sample`: that is all there is to a GPT. `split` and `windows`, further down, make what
-it is trained on. All else can be skipped at first: it computes the same, faster, or is for files.
+it is trained on. The rest may wait: it computes the same, faster, or is for files. Who changes the
+network changes `Decoder.read` and `numpy_read`, too, which repeat it for sampling.
 
 Shapes: B sequences of T tokens, C = n_embd channels, H heads of D channels, V = vocab_size.
 """
@@ -62,7 +63,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
     q, k, v: (B, H, T, D). Returns what each token gathers, (B, H, T, D), and the weights with which
     it does, (B, H, T, T), a row for each query. A share `dropout` of them is set to 0.
-    Who changes this changes its faster versions, too: two below, `Decoder.read`, `numpy_read`.
+    This is the formula; on a CPU and on a CUDA GPU the faster versions below compute the same.
     """
     T, D = q.shape[-2:]
     # A score is a sum of D products, whose spread grows with sqrt(D). Undivided, some would be so
@@ -86,9 +87,9 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
-        """x: (B, T, C) -> (B, T, C). Keys and values are left in `cache`, see `Decoder`."""
+        """x: (B, T, C) -> (B, T, C). A `cache`, in sampling alone, is filled for `Decoder`."""
         if x.device.type == "cuda":
-            return gpu_attention(self, x, cache)  # does the same
+            return gpu_attention(self, x, cache)  # computes the same
         B, T, _ = x.shape
         # One product makes query, key and value of all heads. Each head sees D channels of its own,
         # so that one can look for the word before, say, while another looks for who is speaking.
@@ -103,7 +104,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a ReLU between them, which work on each token by itself."""
+    """Two linear layers with a ReLU between them, for each token by itself: (B, T, C) both ways."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -112,8 +113,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, T, C) -> (B, T, C)."""
-        x_flat = x.flatten(0, 1)  # (B * T, C): a ReLU in place would have to copy what is a view
+        x_flat = x.flatten(0, 1)  # (B * T, C): of three dimensions `up` makes a view, to be copied
         return self.down(self.relu(self.up(x_flat))).view_as(x)
 
 

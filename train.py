@@ -9,7 +9,8 @@
 All lands in --out_dir: the tokenizer, model.pt (the weights with the lowest validation loss),
 last.pt (all it takes to resume), metrics.csv (a row for each evaluation) and histograms.npz.
 
-To learn how training works, read `schedule`, `Trainer.step` and what it calls, and `evaluate`.
+To learn how training works, read `schedule`, then `Trainer.step`, `learn`, `batch`, `loss`,
+`plain_gradients`, `update` and `evaluate`, as if there were one process, no teacher and no scaler.
 The rest makes it better, faster or safe.
 """
 import argparse
@@ -195,7 +196,8 @@ class Trainer:
     """One training run: the data on its device, the network, the optimizers, the loop in `run`.
 
     A step sets the learning rates, draws a batch, and moves the weights against the gradient of its
-    loss. `plain_gradients` computes that as textbooks do; its two siblings do the same, faster.
+    loss. `plain_gradients` computes that as textbooks do, `core_gradients` shares it out among the
+    cores of a CPU, and `recorded` plays it back, or all of `learn`, from a CUDA graph.
     Under torchrun each process has one; they share every batch, and only the master (rank 0) prints
     and writes.
     """
@@ -293,7 +295,7 @@ class Trainer:
 
     def learn(self, batch: list[tuple]) -> torch.Tensor:
         """Moves the weights against the gradients of a batch's loss, and returns that, a scalar."""
-        loss = self.gradients(batch)  # one of the three ways below
+        loss = self.gradients(batch)  # `plain_gradients`, or the same, faster
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
@@ -309,14 +311,16 @@ class Trainer:
         args, data = self.args, self.training_tokens()
         starts = torch.randint(len(data) - args.block_size, (args.batch_size,),
                                generator=self.batch_rng, device=self.batch_rng.device)
-        mine = windows(data, starts.chunk(self.world_size)[self.rank], args.block_size)
-        at_once = len(mine[0])
-        if self.device.type == "cpu":
+        mine = starts.chunk(self.world_size)[self.rank]
+        idx, targets = windows(data, mine, args.block_size)
+        at_once = len(idx)
+        if args.gradient_accumulation_steps:
+            at_once = math.ceil(len(idx) / args.gradient_accumulation_steps)
+        elif self.device.type == "cpu":
             at_once = max(1, CPU_TOKENS // args.block_size)
-        steps = args.gradient_accumulation_steps
-        parts = [*zip(*(half.chunk(steps) if steps else half.split(at_once) for half in mine))]
-        # Taking turns gives, on average, the gradient of the teachers' mean, as the loss is linear
-        # in the targets.
+        parts = list(zip(idx.split(at_once), targets.split(at_once)))
+        # Each part asks one teacher, in turn. On average that gives the gradient of their mean, as
+        # the loss is linear in the targets.
         turn, teachers = self.iteration + self.rank * len(parts) + 1, self.teachers or [None]
         return [(*part, teachers[(turn + i) % len(teachers)]) for i, part in enumerate(parts)]
 
@@ -330,7 +334,10 @@ class Trainer:
 
     def loss(self, idx: torch.Tensor, targets: torch.Tensor,
              teacher: GPT | None = None) -> torch.Tensor:
-        """Returns what a part of a batch adds to the mean loss of this process, a scalar."""
+        """Returns what a part of a batch adds to the mean loss of this process, a scalar.
+
+        That is the part's mean, weighed by its share of the sequences of this process.
+        """
         targets = self.training_targets(idx, targets, teacher)
         share = len(idx) * self.world_size / self.args.batch_size
         with self.autocast():
