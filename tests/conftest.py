@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 # a shell starts what it runs in the background deaf to Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # and `nohup` to a terminal that is closed
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "data", "tests")]
 
