@@ -1347,7 +1347,7 @@ def main() -> None:
         trainer.stop.tell(farewell(trainer))
     if trainer.world_size > 1:
         dist.barrier(trainer.flags_group)  # a process that left before the master aborted at times
-        trainer.step_model = None  # for it holds the group, too
+        trainer.step_model = None  # holds the group, too
         dist.destroy_process_group()
     if trainer.stop.requested:
         sys.exit(trainer.stop.status)
