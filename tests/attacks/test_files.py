@@ -66,29 +66,16 @@ def print_outcomes(title, outcomes):
 
 def mutate(data, others, chance):
     """Returns a file with bits flipped, cut, spliced with another, or with bytes in or out."""
-    data, at = bytearray(data), chance.randrange(1, len(data))
+    at, flipped = chance.randrange(1, len(data)), bytearray(data)
+    for _ in range(chance.choice([1, 1, 1, 2, 5, 30])):
+        flipped[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     length = min(len(data) - at, chance.choice([1, 1, 2, 8, 64, 4096]))
-    how = chance.choice(["flip", "flip", "cut", "splice", "double", "blank", "replace", "insert",
-                         "remove"])
-    if how == "flip":
-        for _ in range(chance.choice([1, 1, 1, 2, 5, 30])):
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    elif how == "cut":
-        del data[at - 1:]
-    elif how == "splice":
-        other = chance.choice(others)
-        data[at:] = other[chance.choice([at, 0, chance.randrange(len(other))]):]
-    elif how == "double":
-        data[at:at] = data[at:at + length]
-    elif how == "blank":
-        data[at:at + length] = bytes(length)
-    elif how == "replace":
-        data[at:at + length] = chance.randbytes(length)
-    elif how == "insert":
-        data[at:at] = chance.randbytes(length)
-    else:
-        del data[at:at + length]
-    return bytes(data)
+    before, piece, after = data[:at], data[at:at + length], data[at + length:]
+    other, noise = chance.choice(others), chance.randbytes(length)
+    spliced = before + other[chance.choice([at, 0, chance.randrange(len(other))]):]
+    return bytes(chance.choice([
+        flipped, flipped, data[:at - 1], spliced, before + piece + piece + after, before + after,
+        before + bytes(length) + after, before + noise + after, before + noise + piece + after]))
 
 
 def says_what_the_table_says(found, path):
