@@ -865,12 +865,19 @@ def works(gpu: str) -> bool:
     return True
 
 
-def choose_device(name: str) -> torch.device:
-    """Returns the device so named, for `auto` the fastest. Raises ValueError if it is missing."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() and name != "cpu" else 0
-    there = [gpu for gpu in (f"cuda:{number}" for number in range(gpus)) if works(gpu)]
-    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    chosen = {"auto": there[0], "cuda": "cuda:0"}.get(name, name)  # set_device wants a number
-    if chosen not in there:
-        raise ValueError(f"--device {name}: not on this machine, which has {', '.join(there)}")
+def choose_device(name: str, own: int = 0) -> torch.device:
+    """Returns the device so named, for `auto` the fastest. Raises ValueError if it is missing.
+
+    `own` is the number of the GPU that `auto` and `cuda` stand for. No other is touched, as each
+    process that computes on a GPU, be it a single sum, takes some hundred megabytes of it.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [f"cuda:{number}" for number in range(gpus)]
+    others = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name == "auto":
+        name = next(device for device in gpus[own:] + others if device in others or works(device))
+    chosen = f"cuda:{own}" if name == "cuda" else name  # set_device wants a number
+    if chosen not in others and not (chosen in gpus and works(chosen)):
+        there = ", ".join(device for device in gpus + others if device != chosen)
+        raise ValueError(f"--device {name}: not on this machine, which has {there}")
     return torch.device(chosen)

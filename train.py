@@ -39,7 +39,7 @@ from model import (EVAL_TOKENS, GPT, GPTConfig, MappedTokens, choose_device, cud
                    dropout_from, limit_threads, load_checkpoint, load_model, mean_loss,
                    save_checkpoint, split, tile_starts, windows)
 from tokenizer import (CHECKPOINTS, DEFAULT_TEXT, MAX_VOCAB, PRETRAINED, TEMPERATURE,
-                       BasicTokenizer, atomic_write, bounded, digests, is_long, load_tokens,
+                       BasicTokenizer, Tokens, atomic_write, bounded, digests, is_long, load_tokens,
                        matching, one_file, out_of_memory, read_text, run_script)
 
 # ---- what is trained, and how --------------------------------------------------------------------
@@ -721,11 +721,15 @@ class Trainer:
 
     def join_others(self) -> None:
         """Meets the other processes of torchrun, each on a GPU of its own or on the CPU."""
-        gpu, local_rank = choose_device(self.args.device).type == "cuda", os.environ["LOCAL_RANK"]
-        if gpu and int(local_rank) >= torch.cuda.device_count():
+        name, own = self.args.device, int(os.environ["LOCAL_RANK"])
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() and name != "cpu" else 0
+        if own >= gpus > 0:
             raise ValueError("torchrun started more processes than there are GPUs: use "
-                             f"--nproc_per_node {torch.cuda.device_count()}")
-        self.device = choose_device(f"cuda:{local_rank}" if gpu else "cpu")
+                             f"--nproc_per_node {gpus}")
+        if name in [f"cuda:{number}" for number in range(gpus)]:
+            name = "cuda"  # each process has a GPU of its own
+        gpu = choose_device(name, own).type == "cuda"
+        self.device = torch.device("cuda", own) if gpu else torch.device("cpu")
         if gpu:
             torch.cuda.set_device(self.device)
         dist.init_process_group("nccl" if gpu else "gloo")
@@ -745,8 +749,7 @@ class Trainer:
         if self.master:  # it alone writes: a long text's tokens
             if is_long(args.data_path):
                 self.held = lock(args.out_dir)
-            shared = [choose_tokenizer(args)]
-            tokens = load_tokens(shared[0], args.data_path, args.out_dir)
+            shared[0], tokens = choose_tokenizer(args)
         if self.world_size > 1:
             dist.broadcast_object_list(shared, group=self.flags_group)
         self.tokenizer, = shared
@@ -1001,8 +1004,8 @@ def histogram(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return counts.cpu().numpy(), np.linspace(low, high, 101, dtype=np.float32)
 
 
-def choose_tokenizer(args: argparse.Namespace) -> BasicTokenizer:
-    """Returns the tokenizer of --init_from or, without it, the one in --out_dir.
+def choose_tokenizer(args: argparse.Namespace) -> tuple[BasicTokenizer, Tokens]:
+    """Returns the tokenizer of --init_from or, without it, the one in --out_dir; and the text.
 
     If there is none, or it is that of a run on another text, it learns one, and does not write it.
     Raises ValueError if the one there has another size.
@@ -1024,10 +1027,11 @@ def choose_tokenizer(args: argparse.Namespace) -> BasicTokenizer:
             tokens = tokens or load_tokens(tokenizer, args.data_path, args.out_dir)
             print(f"using the tokenizer that is in {folder}: "
                   f"{tokens.size / len(tokens.ids):.2f} bytes a token of this text")
-            return tokenizer
+            return tokenizer, tokens
         print(f"the run in {folder} is on another text, and so is its tokenizer")
     print(f"training a tokenizer of {args.vocab_size} tokens on {args.data_path}")
-    return BasicTokenizer(args.data_path, args.vocab_size, out_dir=None)
+    tokenizer = BasicTokenizer(args.data_path, args.vocab_size, out_dir=None)
+    return tokenizer, load_tokens(tokenizer, args.data_path, args.out_dir)
 
 
 # ---- the folder of a run -------------------------------------------------------------------------
@@ -1152,7 +1156,6 @@ def save_metrics(out_dir: Path, rows: list[dict], histograms: dict[str, list[np.
 
 
 # ---- the command line ----------------------------------------------------------------------------
-
 
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1,
              "init_heads": 2, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}

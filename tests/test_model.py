@@ -452,6 +452,16 @@ def test_a_gpu_is_chosen_with_its_number(monkeypatch):
             choose_device(name)
 
 
+def test_a_process_touches_no_gpu_but_its_own(monkeypatch):
+    touched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(model_module, "works", lambda gpu: not touched.append(gpu))
+    for name, own in ("auto", 2), ("cuda", 1), ("cuda:3", 0), ("cpu", 0):
+        choose_device(name, own)
+    assert set(touched) == {"cuda:1", "cuda:2", "cuda:3"}
+
+
 def test_a_gpu_that_pytorch_has_no_kernels_for_counts_as_absent(monkeypatch, capsys):
     def no_kernels(*shape, device):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
