@@ -368,11 +368,11 @@ class Decoder:
         if B == 1 and self.caches.type() == "torch.FloatTensor" and type(model.head) is nn.Linear:
             self.read = numpy_read(model, self.caches)  # in place of the method
             return
-        self.layers = [(fast_norm(block.ln_1), fast_linear(block.attn.qkv, B),
-                        fast_linear(block.attn.proj, B), fast_norm(block.ln_2),
+        self.layers = [(block.ln_1.forward, fast_linear(block.attn.qkv, B),
+                        fast_linear(block.attn.proj, B), block.ln_2.forward,
                         fast_linear(block.ffwd.up, B), fast_linear(block.ffwd.down, B), cache)
                        for block, cache in zip(model.blocks, self.caches)]
-        self.ln, self.head = fast_norm(model.ln), fast_linear(model.head, B)
+        self.ln, self.head = model.ln.forward, fast_linear(model.head, B)
         self.replay = None
 
     @torch.inference_mode()
@@ -481,30 +481,17 @@ def numpy_read(model: GPT, caches: torch.Tensor) -> Callable[..., torch.Tensor]:
     return read
 
 
-def fast_norm(layer: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the function a LayerNorm is, without what calling a module costs."""
-    shape, weight, bias = layer.normalized_shape, layer.weight, layer.bias
-    return lambda x: torch.layer_norm(x, shape, weight, bias)
-
-
 def fast_linear(layer: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the function a linear layer is, (rows, in) -> (rows, out), fast for so many rows."""
-    if isinstance(layer, Int8Linear):
-        product = torch.ops.quantized.linear_dynamic.default
-        packed, seven_bits = layer.packed, layer.seven_bits
-        return lambda x: product(x, packed, seven_bits)
-    out, bias = layer.out_features, layer.bias
-    bias = layer.weight.new_zeros(out) if bias is None else bias
-    if not layer.weight.is_cpu or rows > 16:
-        weight = layer.weight.t()
-        return lambda x: torch.addmm(bias, x, weight)
+    if isinstance(layer, Int8Linear) or not layer.weight.is_cpu or rows > 16:
+        return layer.forward
     # A product of few rows reads weights and does little else, so each thread gets a part of them,
     # to read from its own cache.
-    parts = math.gcd(out, torch.get_num_threads())
-    weight = layer.weight.view(parts, out // parts, -1).mT.contiguous()  # (parts, in, out / parts)
-    bias = bias.view(parts, 1, -1)
+    parts, bias = math.gcd(layer.out_features, torch.get_num_threads()), layer.bias
+    weight = layer.weight.view(parts, -1, layer.in_features).mT.contiguous()
+    bias = weight.new_zeros(1) if bias is None else bias.view(parts, 1, -1)
     return lambda x: torch.baddbmm(
-        bias, x.expand(parts, -1, -1), weight).transpose(0, 1).reshape(rows, out)
+        bias, x.expand(parts, -1, -1), weight).transpose(0, 1).reshape(rows, -1)
 
 
 def uniforms(rows: int, seed: int | None, device: torch.device) -> Iterator[torch.Tensor]:
