@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -53,6 +53,7 @@ FLAGS = [  # name, default (the published run's), smallest, meaning
     ("dropout", 0.2, 0, "share of activations dropped after attention and feed-forward"),
     ("attention_dropout", 0.2, 0, "share of attention weights dropped"),
     ("batch_size", 64, 1, "sequences in a batch, all processes together"),
+    ("even_windows", 0, 0, "1: windows are spread evenly over the text; 0: drawn at random"),
     ("gradient_accumulation_steps", 0, 0, "parts that a batch is split into, to save memory; 0: "
      "one, or on a CPU, whose cores each compute one at a time, parts of about 1,024 tokens"),
     ("max_iters", 5000, 1, "iterations in all"),
@@ -80,8 +81,8 @@ TUNED = {"muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 
          "train_temperature": 0.85, "teacher_temperature": 0.9}  # lr_decay_iters None: max_iters
 PRESETS = {  # what differs from the defaults
     "reference": {},
-    "fast": TUNED | {"batch_size": 8, "max_iters": 1800, "eval_interval": 300, "muon_lr": 0.015,
-                     "learning_rate": 6e-3, "init_heads": 1, "dropout": 0.05},
+    "fast": TUNED | {"batch_size": 8, "max_iters": 1500, "eval_interval": 250, "muon_lr": 0.015,
+                     "learning_rate": 6e-3, "init_heads": 1, "even_windows": 1, "dropout": 0.05},
     "best": TUNED | {"max_iters": 2250, "eval_interval": 250, "dropout": 0.2, "bpe_dropout": 0.2},
 }
 
@@ -101,6 +102,7 @@ def schedule(iteration: int, args: argparse.Namespace) -> float:
 # ---- optimizers and teachers ---------------------------------------------------------------------
 
 MUON_MOMENTUM = 0.95
+MUON_STEPS = 3  # Newton-Schulz's
 TEACHER_SHARE = 0.9  # how much of a soft target is the teacher's
 
 
@@ -120,22 +122,25 @@ def build_optimizers(model: GPT, args: argparse.Namespace) -> list[torch.optim.O
     optimizers = [torch.optim.AdamW(groups, lr=rates[0], betas=(args.beta1, args.beta2), fused=True,
                                     capturable=device.type == "cuda")]
     if for_muon:
-        optimizers.append(Muon(for_muon, rates[1], args.weight_decay))
+        threefold = [block.attn.qkv.weight for block in model.blocks]
+        optimizers.append(Muon(for_muon, rates[1], args.weight_decay, threefold))
     return optimizers
 
 
 class Muon(torch.optim.Optimizer):
     """Moves each matrix along its momentum, made orthogonal (Jordan et al. 2024).
 
-    A gradient changes a matrix mostly in a few directions. Made orthogonal, it goes equally far in
-    all. This is `torch.optim.Muon`, but it multiplies matrices of one shape at once, and in the
-    format that the hardware is fast in. On a processor without bfloat16 instructions a step takes a
-    twentieth of the time of PyTorch's, which multiplies in bfloat16 everywhere.
+    A gradient changes a matrix mostly in a few directions. Made orthogonal, it goes about equally
+    far in all. This is `torch.optim.Muon`, but it multiplies matrices of one shape at once, and in
+    the format that the hardware is fast in. On a processor without bfloat16 instructions a step
+    takes a twentieth of the time of PyTorch's, which multiplies in bfloat16 everywhere.
     """
 
-    def __init__(self, params: list[torch.nn.Parameter], lr: torch.Tensor, weight_decay: float):
+    def __init__(self, params: list[torch.nn.Parameter], lr: torch.Tensor, weight_decay: float,
+                 threefold: Iterable[torch.nn.Parameter] = ()):
+        """Those `threefold` hold three matrices, one below the other: queries', keys', values'."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = choose_dtype("auto", params[0].device)
+        self.dtype, self.threefold = choose_dtype("auto", params[0].device), set(threefold)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -143,13 +148,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes, lr = {}, group["lr"]
             for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), weights in shapes.items():
-                grads = [p.grad for p in weights]
-                for p in weights:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = [self.state[p]["momentum_buffer"] for p in weights]
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                parts = [tensor.chunk(3 if p in self.threefold else 1)
+                         for tensor in (p, p.grad, self.state[p]["momentum_buffer"])]
+                shapes.setdefault(parts[0][0].shape, []).extend(zip(*parts))
+            for (rows, columns), matrices in shapes.items():
+                weights, grads, momentum = map(list, zip(*matrices))
                 torch._foreach_lerp_(momentum, grads, 1 - MUON_MOMENTUM)
                 ahead = torch._foreach_lerp(grads, momentum, MUON_MOMENTUM)  # Nesterov's
                 updates = orthogonal(torch.stack(ahead).to(self.dtype)).float()
@@ -159,14 +164,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Brings the singular values of each matrix near 1, none above 1.3: (N, rows, columns).
+    """Brings the singular values of each matrix towards 1, none above 1.3: (N, rows, columns).
 
-    Each of five Newton-Schulz steps applies to them a polynomial that is steep at 0.
+    Each Newton-Schulz step applies to them a polynomial that is steep at 0. PyTorch's Muon takes
+    five; after three, all from a fiftieth of the norm on are there, and the loss is no higher.
     """
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # none of them exceeds 1 now
     a, b, c = 3.4445, -4.7750, 2.0315
-    for _ in range(5):
+    for _ in range(MUON_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
@@ -190,6 +196,7 @@ def soft_targets(targets: torch.Tensor, teacher: GPT, idx: torch.Tensor,
 CPU_TOKENS = 1024   # a core trains on at once: more take more memory and are no faster
 TELL_SECONDS = 30   # without a terminal, a line says how far training is this often
 SAVE_SECONDS = 300  # last.pt is written at every evaluation, and this often in between
+GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
 
 
 class Trainer:
@@ -309,8 +316,7 @@ class Trainer:
         A part is inputs and targets, both (B, T) int64, and the teacher whose turn it is.
         """
         args, data = self.args, self.training_tokens()
-        starts = torch.randint(len(data) - args.block_size, (args.batch_size,),
-                               generator=self.batch_rng, device=self.batch_rng.device)
+        starts = self.window_starts(len(data) - args.block_size)
         mine = starts.chunk(self.world_size)[self.rank]
         idx, targets = windows(data, mine, args.block_size)
         at_once = len(idx)
@@ -323,6 +329,17 @@ class Trainer:
         # the loss is linear in the targets.
         turn, teachers = self.iteration + self.rank * len(parts) + 1, self.teachers or [None]
         return [(*part, teachers[(turn + i) % len(teachers)]) for i, part in enumerate(parts)]
+
+    def window_starts(self, n: int) -> torch.Tensor:
+        """Returns where the windows of a batch begin, (batch_size,) int64, each less than n."""
+        B, device = self.args.batch_size, self.batch_rng.device
+        if not self.args.even_windows:
+            return torch.randint(n, (B,), generator=self.batch_rng, device=device)
+        # Steps of the golden section, round and round, are never far from evenly spread, whichever
+        # of them one takes together (Weyl 1916). They begin at a place of the seed's.
+        first = np.random.default_rng(self.args.seed).random()
+        steps = self.iteration * B + torch.arange(B, dtype=torch.float64)
+        return ((first + steps * GOLDEN_SECTION) % 1 * n).long().to(device)
 
     def training_targets(self, idx: torch.Tensor, targets: torch.Tensor,
                          teacher: GPT | None) -> torch.Tensor:
@@ -1158,7 +1175,7 @@ def save_metrics(out_dir: Path, rows: list[dict], histograms: dict[str, list[np.
 # ---- the command line ----------------------------------------------------------------------------
 
 LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1, "beta2": 1,
-             "init_heads": 2, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
+             "init_heads": 2, "even_windows": 2, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 
 
 def absolute(path: str | Path) -> Path:

@@ -110,6 +110,20 @@ def test_a_long_text_is_evaluated_in_part(tiny_text, tmp_path, monkeypatch, new_
     assert len(starts["val"]) == len(starts["train"]) == 10 and starts["val"][-1] > 20 * 16
 
 
+def test_even_windows_leave_no_part_of_the_text_out(tiny_text, tmp_path, new_trainer):
+    starts = {}
+    for seed in 1, 2:
+        trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path / str(seed),
+                              "--even_windows", 1, "--seed", seed)
+        drawn, B = [], trainer.args.batch_size
+        for trainer.iteration in range(7, 27):
+            drawn.append(trainer.window_starts(10**6))
+        starts[seed] = torch.cat(drawn).sort().values
+        edges = torch.tensor([0]), starts[seed], torch.tensor([10**6])
+        assert 0 <= starts[seed][0] and torch.cat(edges).diff().max() < 3 * 10**6 / (20 * B)
+    assert not torch.equal(starts[1], starts[2])
+
+
 # ---- gradients ----
 
 @pytest.fixture
@@ -253,20 +267,27 @@ def test_networks_of_all_sizes_can_begin_so(sizes):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_muon_is_that_of_pytorch_up_to_rounding(small, dtype, monkeypatch):
+    """PyTorch's gets the matrices of queries, keys and values one by one."""
     monkeypatch.setattr(script, "choose_dtype", lambda name, device: dtype)
-    matrices = [p for p in small.blocks.parameters() if p.dim() == 2]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in matrices]
-    before = [p.detach().clone() for p in matrices]
-    optimizers = [script.Muon(matrices, torch.tensor(0.02), 0.4),
-                  torch.optim.Muon(theirs, 0.02, 0.4)]
+    threefold = [block.attn.qkv.weight for block in small.blocks]
+    others = [p for p in small.blocks.parameters()
+              if p.dim() == 2 and all(p is not q for q in threefold)]
+    ours = [part for p in threefold for part in p.detach().chunk(3)]
+    ours += [p.detach() for p in others]  # views: they change with the network
+    theirs = [torch.nn.Parameter(p.clone()) for p in ours]
+    before = [p.clone() for p in ours]
+    optimizers = [script.Muon(threefold + others, torch.tensor(0.02), 0.4, threefold),
+                  torch.optim.Muon(theirs, 0.02, 0.4, ns_steps=script.MUON_STEPS)]
     for step in range(3):
         torch.manual_seed(step)
-        for p, q in zip(matrices, theirs):
+        for p in threefold + others:
             p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
+        grads = [part for p in threefold for part in p.grad.chunk(3)] + [p.grad for p in others]
+        for q, grad in zip(theirs, grads):
+            q.grad = grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for p, q, first in zip(matrices, theirs, before):
+    for p, q, first in zip(ours, theirs, before):
         tolerance = 1e-5 if dtype == torch.bfloat16 else 0.03  # PyTorch's computes in bfloat16
         assert (p - q).norm() < tolerance * (q - first).norm()
 
