@@ -895,7 +895,7 @@ SAMPLE = 1 << 16  # bytes that are enough to tell an encoding
 def read_text(path: str | Path) -> str:
     """Returns the text of a UTF-8 file, read as Python's text mode reads it, see `text_bytes`.
 
-    Raises ValueError if it is missing, unreadable, empty, binary, or in another encoding.
+    Raises ValueError if it is missing or empty, or as `text_pieces` does.
     """
     pattern, remedy = Path(path), "pass a text with --data_path"
     path, *others = matching(str(path))
@@ -906,45 +906,38 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"cannot read {path}: Is a directory; {together(texts)}")
     if not path.exists():
         raise ValueError(f"there is no text at {path}: run python data/prepare.py, or {remedy}")
-    try:
-        data = text_bytes(path.read_bytes(), path)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
-    if not data:
+    if not (text := "".join(piece for _, piece in text_pieces(path, 0, LONG))):
         raise ValueError(f"{path} is empty: {remedy}")
-    if 0 in data:
-        raise ValueError(f"{path} is binary (byte {data.index(0)} is zero): {remedy}")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} {not_utf8(data, error, path)}") from error
+    return text
 
 
 def text_pieces(path: str | Path, start: int, size: int) -> Iterator[tuple[bytes, str]]:
     """Yields a text from byte `start` on in pieces: `size` bytes as they are, and the text in them.
 
-    Together they are what `read_text` returns, and it raises the same.
+    Raises ValueError if it is unreadable, binary, or in another encoding.
     """
-    decoder, data, line = codecs.getincrementaldecoder("utf-8")(), bytes(size), 1
+    decoder, place, line = codecs.getincrementaldecoder("utf-8")(), start, 1
     with_newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
+    remedy, data = "pass a text with --data_path", bytes(size)
     try:
         with open(path, "rb") as file:
-            file.seek(start)
+            if start:  # a pipe has no other places
+                file.seek(start)
             while len(data) == size:
-                place, data = file.tell(), file.read(size)
+                data = file.read(size)
                 text_bytes(data, path)  # says what there is to say
                 if 0 in data:
                     raise ValueError(f"{path} is binary (byte {place + data.index(0)} is zero): "
-                                     "pass a text with --data_path")
+                                     f"{remedy}")
                 text = data if place else data.removeprefix(codecs.BOM_UTF8)
                 if place == start > 0:  # in the middle of a character perhaps
                     text = data.lstrip(bytes(range(0x80, 0xC0)))
                 yield data, with_newlines.decode(text, final=len(data) < size)
-                line += data.count(10)
+                place, line = place + len(data), line + data.count(10)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} {not_utf8(error.object, error, path, line)}") from error
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
 
 
 def text_bytes(data: bytes, path: str | Path) -> bytes:
