@@ -482,7 +482,7 @@ def numpy_read(model: GPT, caches: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 
 def fast_linear(layer: nn.Module, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the function a linear layer is, (rows, in) -> (rows, out), fast for so many rows."""
+    """Returns a function that computes a linear layer fast, (rows, in) -> (rows, out)."""
     if isinstance(layer, Int8Linear) or not layer.weight.is_cpu or rows > 16:
         return layer.forward
     # A product of few rows reads weights and does little else, so each thread gets a part of them,
@@ -513,9 +513,9 @@ def cuda_graph(function: Callable[[], object]) -> Callable[[], object]:
     """Records all that `function` starts on the GPU, so that it can be started at once.
 
     Returns a function that repeats it on what the tensors it reads then hold; these must stay alive
-    and be filled in place. What it returns, or leaves elsewhere, as gradients, are always the same
-    tensors, overwritten. `function` is called twice: once for real, as libraries set themselves up
-    in a first call (its random numbers are drawn again later), and once to be recorded. Where
+    and be filled in place. What it returns or leaves elsewhere, gradients say, are the same tensors
+    each time, overwritten. `function` is called twice: once for real, as libraries set themselves
+    up in a first call (its random numbers are drawn again later), and once to be recorded. Where
     recording fails it says so and returns `function` itself.
     """
     stream = torch.cuda.Stream()  # its own: graphs recorded on one stream share a cuBLAS workspace

@@ -8,7 +8,7 @@
 Tokens 0 to 255 are the bytes. Each further token is the most frequent pair of neighbours in the
 text so far, merged into one (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a
 pair, `learn` chooses the pairs, `BasicTokenizer` applies them to any text. tests/textbook_bpe.py
-does the same slowly, in 50 lines: read it first. From `files` on all can wait.
+does the same slowly, in 50 lines: read it first. From "texts larger than memory" on all can wait.
 """
 import argparse
 import codecs
@@ -414,7 +414,7 @@ def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path,
                 encode: bool = True) -> Tokens | None:
     """Returns a text as tokens: in memory or, if it is long, mapped from tokens.bin in `folder`.
 
-    That must be of this tokenizer and text: of one of the same size and time of change, or digest.
+    That must be of this tokenizer and this text: of its size, and its time of change or digest.
     If it is not, it is written first; if it is not to `encode`, None is returned. Raises ValueError
     as `read_text` does or if a text cannot be cut, OSError if the file cannot be written.
     """
@@ -893,7 +893,7 @@ SAMPLE = 1 << 16  # bytes that are enough to tell an encoding
 
 
 def read_text(path: str | Path) -> str:
-    """Returns the text of a UTF-8 file, read as Python's text mode reads it, see `text_bytes`.
+    """Returns the text of a UTF-8 file, as Python's text mode reads it, without byte-order mark.
 
     Raises ValueError if it is missing or empty, or as `text_pieces` does.
     """
@@ -918,43 +918,47 @@ def text_pieces(path: str | Path, start: int, size: int) -> Iterator[tuple[bytes
     """
     decoder, place, line = codecs.getincrementaldecoder("utf-8")(), start, 1
     with_newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    remedy, data = "pass a text with --data_path", bytes(size)
+    remedy, ended = "pass a text with --data_path", False
     try:
         with open(path, "rb") as file:
             if start:  # a pipe has no other places
                 file.seek(start)
-            while len(data) == size:
+            while not ended:
                 data = file.read(size)
-                text_bytes(data, path)  # says what there is to say
+                ended = len(data) < size
+                check_bytes(data, path)
                 if 0 in data:
                     raise ValueError(f"{path} is binary (byte {place + data.index(0)} is zero): "
                                      f"{remedy}")
-                text = data if place else data.removeprefix(codecs.BOM_UTF8)
+                rest = data if place else data.removeprefix(codecs.BOM_UTF8)
                 if place == start > 0:  # in the middle of a character perhaps
-                    text = data.lstrip(bytes(range(0x80, 0xC0)))
-                yield data, with_newlines.decode(text, final=len(data) < size)
-                place, line = place + len(data), line + data.count(10)
+                    rest = data.lstrip(bytes(range(0x80, 0xC0)))
+                text = with_newlines.decode(rest, ended)
+                yield data, text
+                place, line = place + len(data), line + text.count("\n")
     except UnicodeDecodeError as error:
+        for _ in text_pieces(path, 0, LONG) if start else ():  # ends at the same, in its true place
+            pass
         raise ValueError(f"{path} {not_utf8(error.object, error, path, line)}") from error
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
 
 
-def text_bytes(data: bytes, path: str | Path) -> bytes:
-    """Returns the bytes of a file without a byte-order mark, and each CRLF or CR as a line feed.
-
-    Says so in a line, as what is written may not be what was read. Raises ValueError for UTF-16.
-    """
+def check_bytes(data: bytes, path: str | Path) -> None:
+    """Raises ValueError for UTF-16, and notes line ends that will not be written as they were."""
     zeros, at_even_places = data.count(0, 0, SAMPLE), data[:SAMPLE:2].count(0)
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if marked or zeros > 99 and at_even_places in (0, zeros):
         encoding = "UTF-16" if marked else "UTF-16BE" if at_even_places else "UTF-16LE"
         raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with {convert(path, encoding)}")
-    data = data.removeprefix(codecs.BOM_UTF8)
     if b"\r" in data:
         note(f"{path} has CRLF or CR line ends, which are read as \\n")
-        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return data
+
+
+def text_bytes(data: bytes, path: str | Path) -> bytes:
+    """Returns the bytes of a file without a byte-order mark, and each CRLF or CR as a line feed."""
+    check_bytes(data, path)
+    return data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int = 1) -> str:
@@ -965,7 +969,8 @@ def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int = 1) 
     encoding = None if good > 4 * bad or good and cut else other_encoding(data)
     if encoding and (bad > 2 or 100 * bad > len(data)):
         return f"is not UTF-8 but {encoding}, it seems: convert it with {convert(path, encoding)}"
-    place = f"byte 0x{data[error.start]:02x} on line {line + data.count(10, 0, error.start)}"
+    line += len((data[:error.start] + b".").splitlines()) - 1
+    place = f"byte 0x{data[error.start]:02x} on line {line}"
     drop = f"drop what is amiss with {convert(path, 'UTF-8', drop=True)}"
     if cut:
         return f"is not UTF-8 at its end, in the middle of a character: {drop}"
@@ -978,7 +983,8 @@ def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int = 1) 
 
 def other_encoding(data: bytes) -> str | None:
     """Names the encoding, if any, in which bytes read like a language, where they are not ASCII."""
-    start = data.rfind(b"\n", 0, re.search(b"[\x80-\xff]", data).start()) + 1  # of that line
+    place = re.search(b"[\x80-\xff]", data).start()
+    start = max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1  # of that line
     for name, signs, share in ENCODINGS:
         with suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(name)().decode(data[start:start + SAMPLE])

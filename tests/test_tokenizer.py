@@ -436,6 +436,18 @@ def test_a_text_half_in_utf8_gets_no_harmful_advice(tmp_path):
         read_text(tmp_path / "mixed")
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_a_bad_byte_is_on_the_same_line_wherever_one_begins_to_read(tmp_path, monkeypatch, end):
+    path, half = tmp_path / "text.txt", (b"ab" + end) * 40
+    path.write_bytes(half + b"\xff" + half)
+    with pytest.raises(ValueError, match="byte 0xff on line 41"):
+        read_text(path)
+    monkeypatch.setattr(tok, "LONG", 100)
+    monkeypatch.setattr(tok, "PIECE", 50)
+    with pytest.raises(ValueError, match="byte 0xff on line 41"):
+        tok.learning_text(path)
+
+
 def test_no_file(tmp_path):
     with pytest.raises(ValueError, match="no text at .*none.txt: run python data/prepare.py, or"):
         read_text(tmp_path / "none.txt")

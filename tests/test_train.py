@@ -80,6 +80,17 @@ def test_the_histograms_count_every_output(finished_run):
         assert counts[0, 0] / counts[0].sum() >= row["relu1_zeros"]
 
 
+def test_gradients_at_the_relus_are_of_the_mean_over_the_windows_there_are(
+        tiny_text, tmp_path, new_trainer):
+    stats = []
+    for batch_size in 3, 64:
+        trainer = new_trainer(*TINY, "--data_path", tiny_text, "--out_dir", tmp_path,
+                              "--batch_size", batch_size)
+        trainer.starts["train"] = trainer.starts["train"][:3]
+        stats.append(trainer.inspect_relus()[0])
+    assert stats[0] == pytest.approx(stats[1], rel=1e-4, abs=1e-9)
+
+
 def test_it_prints_nats_per_token_and_per_character_and_a_sample(finished_run):
     printed, row = (finished_run / "stdout.txt").read_text(), metrics(finished_run)[-1]
     assert f"val loss {row['val_loss']:.4f} nats per token" in printed
@@ -255,7 +266,8 @@ def test_heads_that_begin_by_looking_find_what_they_look_for():
         assert weights[1][head, late, late - 63].mean() > 0.5
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 7, 2), (12, 2, 3), (16, 3, 1), (230, 2, 2)])
+@pytest.mark.parametrize("sizes", [
+    (1, 1, 1), (2, 1, 1), (3, 1, 2), (7, 7, 2), (12, 2, 3), (16, 3, 1), (230, 2, 2)])
 def test_networks_of_all_sizes_can_begin_so(sizes):
     n_embd, n_head, n_layer = sizes
     network = GPT(GPTConfig(50, 8, n_embd, n_head, n_layer))
