@@ -81,7 +81,7 @@ TUNED = {"muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 
          "train_temperature": 0.85, "teacher_temperature": 0.9}  # lr_decay_iters None: max_iters
 PRESETS = {  # what differs from the defaults
     "reference": {},
-    "fast": TUNED | {"batch_size": 8, "max_iters": 1200, "eval_interval": 200, "muon_lr": 0.006,
+    "fast": TUNED | {"batch_size": 8, "max_iters": 1200, "eval_interval": 300, "muon_lr": 0.006,
                      "learning_rate": 6e-3, "init_heads": 1, "even_windows": 1, "dropout": 0.05},
     "best": TUNED | {"max_iters": 2250, "eval_interval": 250, "dropout": 0.2, "bpe_dropout": 0.2},
 }
