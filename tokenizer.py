@@ -890,6 +890,7 @@ ENCODINGS = [  # in the order tried: name, signs of its languages, their share o
     ("Windows-1251", "(?<=[а-я])[аеиностё]", 0.3), ("KOI8-R", "(?<=[а-я])[аеиностё]", 0.3),
     ("Windows-1252", "(?<![ß-ÿ])[À-ÂÄ-ÏÑ-ÔÖÙ-Üß-ïñ-öø-üœ«»‘’“”–—…°£§]{1,2}(?![ß-ÿ])", 0.9)]
 SAMPLE = 1 << 16  # bytes that are enough to tell an encoding
+WHOLE = 1 << 25   # bytes of a text that are read at a time
 
 
 def read_text(path: str | Path) -> str:
@@ -906,7 +907,7 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"cannot read {path}: Is a directory; {together(texts)}")
     if not path.exists():
         raise ValueError(f"there is no text at {path}: run python data/prepare.py, or {remedy}")
-    if not (text := "".join(piece for _, piece in text_pieces(path, 0, LONG))):
+    if not (text := "".join(piece for _, piece in text_pieces(path, 0, WHOLE))):
         raise ValueError(f"{path} is empty: {remedy}")
     return text
 
@@ -937,7 +938,7 @@ def text_pieces(path: str | Path, start: int, size: int) -> Iterator[tuple[bytes
                 yield data, text
                 place, line = place + len(data), line + text.count("\n")
     except UnicodeDecodeError as error:
-        for _ in text_pieces(path, 0, LONG) if start else ():  # ends at the same, in its true place
+        for _ in text_pieces(path, 0, WHOLE) if start else ():  # ends at the same, in its true place
             pass
         raise ValueError(f"{path} {not_utf8(error.object, error, path, line)}") from error
     except OSError as error:
