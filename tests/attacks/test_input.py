@@ -127,6 +127,7 @@ BOUNDS = {
         "teacher": ([__file__], ["", "no/such/file"]),
         "init_from": ([str(tokenizer.PRETRAINED / "model.pt")], ["", "no/such/file"]),
         "init_heads": (["0", "1"], ["-1", "2", *WHOLE]),
+        "even_windows": (["0", "1"], ["-1", "2", *WHOLE]),
         "preset": (["reference", "fast", "best"], ["", "slow"]),
         "dtype": (["auto", "float32", "bfloat16", "float16"], ["", "int8"]),
         "vocab_size": VOCABULARY, "n_layer": (["1", "1000"], ["0", "1001", *WHOLE]),
