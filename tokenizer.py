@@ -938,8 +938,9 @@ def text_pieces(path: str | Path, start: int, size: int) -> Iterator[tuple[bytes
                 yield data, text
                 place, line = place + len(data), line + text.count("\n")
     except UnicodeDecodeError as error:
-        for _ in text_pieces(path, 0, WHOLE) if start else ():  # ends at it, in its true place
-            pass
+        if start:  # read from the top, it fails at the same byte, whose line is then known
+            for _ in text_pieces(path, 0, WHOLE):
+                pass
         raise ValueError(f"{path} {not_utf8(error.object, error, path, line)}") from error
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error

@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -138,7 +138,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params: list[torch.nn.Parameter], lr: torch.Tensor, weight_decay: float,
-                 threefold: Iterable[torch.nn.Parameter] = ()):
+                 threefold: list[torch.nn.Parameter]):
         """Takes apart those `threefold`: they hold queries', keys' and values' matrices."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.dtype, self.threefold = choose_dtype("auto", params[0].device), set(threefold)
@@ -164,7 +164,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_sub_(weights, list(updates))
 
 
-def orthogonal(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def orthogonal(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Brings the singular values of each matrix towards 1, none above 1.3: (N, rows, columns).
 
     Each Newton-Schulz step applies to them a polynomial that is steep at 0. Those of at least a
