@@ -10,13 +10,10 @@ one. Only --attention loads the network.
 import argparse
 import csv
 import math
-import re
 import sys
 import warnings
 import zipfile
-from array import array
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -41,56 +38,47 @@ from tokenizer import (
 
 # ---- reading ----
 
-KNOWN_COLUMNS = ("iteration", "tokens_seen", "epochs", "learning_rate")  # never empty, never NaN
-LOSS_COLUMNS = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char")
-RELU_COLUMNS = ("mean", "std", "zeros", "dead", "grad_mean", "grad_std")  # each layer has these
+KNOWN = ("iteration", "tokens_seen", "epochs", "learning_rate")  # never empty, never NaN
+LOSSES = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char")
+RELUS = ("mean", "std", "zeros", "dead", "grad_mean", "grad_std")  # each layer has these
 MAX_BYTES = 2**24  # both files are some kilobytes; anything near this is not one of ours
 MAX_TOKENS = 40  # the weights of more could not be told apart in a picture
 Metrics = dict[str, np.ndarray]
 NO_RUN = "train first, with `python train.py`, or name a run with --out_dir"
 
 
-def parse_number(field: str, column: str) -> float:
-    """Returns a cell of metrics.csv; one empty or too large to draw is NaN, a gap in the curve."""
-    value = float(field or "nan")
-    value = value if abs(value) < 1e15 else math.nan
-    if value < 0 and column in LOSS_COLUMNS or not value >= 0 and column in KNOWN_COLUMNS:
-        raise ValueError(f"{field!r} is not a number from 0 up")
-    return value
-
-
 def read_metrics(path: Path) -> Metrics:
     """Reads metrics.csv, a header and a row for each evaluation.
 
-    Returns its columns, (evaluations,) float64, and for each of RELU_COLUMNS "relu_...", all layers
-    together, (n_layer, evaluations). Raises ValueError, naming line and column.
+    Returns its KNOWN and LOSSES, (evaluations,) float64, and each of RELUS as "relu_...", all
+    layers together, (n_layer, evaluations). A cell that is empty or too large to draw is NaN, a gap
+    in the curve. Raises ValueError, naming line and column.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing: {NO_RUN}")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} is too large to draw: train with a larger --eval_interval")
+    columns, name = {}, ""
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        header, rows, name = csv.reader([file.readline(2**17)]), csv.reader(file), ""
+        rows = csv.DictReader(file, restkey="beyond the last", restval="missing")
         try:
-            columns = {name: array("d") for name in next(header)}
-            n_layer = max(1, sum(bool(re.fullmatch(r"relu\d+_zeros", name)) for name in columns))
-            layers = {f"relu_{name}": [f"relu{i + 1}_{name}" for i in range(n_layer)]
-                      for name in RELU_COLUMNS}
-            for name in chain(KNOWN_COLUMNS, LOSS_COLUMNS, *layers.values()):
-                if name not in columns:
-                    raise ValueError("missing")
             for row in rows:
-                if len(row) != len(columns):
-                    raise ValueError(f"{len(row)} fields instead of {len(columns)}")
-                for name, field in zip(columns, row):
-                    columns[name].append(parse_number(field, name))
+                for name, field in row.items():
+                    value = float(str(field or "nan"))
+                    value = value if abs(value) < 1e15 else math.nan
+                    if value < 0 and name in LOSSES or not value >= 0 and name in KNOWN:
+                        raise ValueError(f"{field!r} is not a number from 0 up")
+                    columns.setdefault(name, []).append(value)
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}, line {rows.line_num + 1}, column {name}: {error!s:.99}; "
+            raise ValueError(f"{path}, line {rows.line_num}, column {name}: {error!s:.99}; "
                              "mend that line or train again") from error
-    if not columns["iteration"]:
-        raise ValueError(f"{path} holds no evaluation: train until the first one")
-    columns |= {name: [columns[layer] for layer in names] for name, names in layers.items()}
-    return {name: np.array(values) for name, values in columns.items()}
+    layers = range(1, 1 + max(1, sum(name.endswith("_zeros") for name in columns)))
+    try:
+        metrics = {name: np.array(columns[name]) for name in KNOWN + LOSSES}
+        return metrics | {f"relu_{name}": np.array([columns[f"relu{layer}_{name}"]
+                                                    for layer in layers]) for name in RELUS}
+    except KeyError as error:
+        raise ValueError(f"{path} has no column {error}, or no row: train again") from error
 
 
 def read_histograms(path: Path, n_layer: int) -> dict[str, int | np.ndarray]:
