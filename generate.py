@@ -34,11 +34,11 @@ from tokenizer import (
     Vocab,
     atomic_write,
     bounded,
+    check_bytes,
     default_run,
     note_file,
     one_file,
     run_script,
-    text_bytes,
 )
 
 # ---- the prompt ----
@@ -53,13 +53,14 @@ def read_prompt(args: argparse.Namespace) -> str | bytes:
     if args.prompt_file is None:
         note_file(args.prompt, "--prompt_file gives what the file holds")
         return args.prompt
-    if str(args.prompt_file) == "-":
-        return text_bytes(sys.stdin.buffer.read(), "standard input")
+    piped = str(args.prompt_file) == "-"
     try:
-        return text_bytes(args.prompt_file.read_bytes(), args.prompt_file)
+        data = sys.stdin.buffer.read() if piped else args.prompt_file.read_bytes()
     except OSError as error:
         reason = f"cannot read --prompt_file {args.prompt_file}: {error.strerror}"
         raise ValueError(reason) from error
+    check_bytes(data, "standard input" if piped else args.prompt_file)
+    return data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def take_back(ids: list[int], vocab: Vocab) -> tuple[list[int], bytes]:

@@ -228,7 +228,7 @@ class BasicTokenizer:
         self.data_path, self.verbose = data_path, verbose
         self.out_dir = out_dir if out_dir is None else Path(out_dir)
         if data_path is None:
-            self._use(*load_pair(self.out_dir)[:2])
+            self._use(read_merges(self.out_dir))
         else:
             self.vocab_size = vocab_size
             self.train()
@@ -258,19 +258,20 @@ class BasicTokenizer:
                 tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) "
                            f"had {count} occurrences")
         if self.out_dir is not None:
-            save_pair(self.out_dir, merges, vocab)
-        self._use(merges, vocab)
+            save_merges(self.out_dir, merges)
+        self._use(merges)
         print(compression_ratio(data, tokens.ids()))
 
     def save(self, out_dir: str | Path) -> None:
         """Writes merges.pkl and vocab.pkl. Raises ValueError if a network there needs others."""
-        save_pair(Path(out_dir), self.merges, self.vocab)
+        save_merges(Path(out_dir), self.merges)
 
-    def _use(self, merges, vocab):
-        self.merges, self.vocab, self.vocab_size = merges, vocab, len(vocab)
+    def _use(self, merges):
+        self.merges, self.vocab, self.vocab_size = merges, spell(merges), 256 + len(merges)
         self.fingerprint = fingerprint(merges)
         self._as_strings = [(chr(a) + chr(b), chr(new)) for (a, b), new in merges.items()]
-        self._joints = {vocab[a][-1:] + vocab[b][:1] for a, b in merges}  # bytes a token may join
+        # bytes a token may join
+        self._joints = {self.vocab[a][-1:] + self.vocab[b][:1] for a, b in merges}
 
     def encode(self, text: str | bytes) -> list[int]:
         """Returns the token ids of a text, and prints the compression ratio, bytes per token."""
@@ -410,13 +411,12 @@ def learning_text(path: str | Path) -> bytes:
     return "".join(pieces).encode()
 
 
-def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path,
-                encode: bool = True) -> Tokens | None:
+def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path) -> Tokens:
     """Returns a text as tokens: in memory or, if it is long, mapped from tokens.bin in `folder`.
 
     That must be of this tokenizer and this text: of its size, and its time of change or digest.
-    If it is not, it is written first; if it is not to `encode`, None is returned. Raises ValueError
-    as `read_text` does or if a text cannot be cut, OSError if the file cannot be written.
+    If it is not, it is written first. Raises ValueError as `read_text` does or if a text cannot be
+    cut, OSError if the file cannot be written.
     """
     if not is_long(path):
         text = read_text(path)
@@ -435,8 +435,6 @@ def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path,
             dtype, shape = np.min_scalar_type(tokenizer.vocab_size), (facts["tokens"],)
             return Tokens(np.memmap(file, dtype, "r", HEADER, shape), facts["ids"], facts["size"],
                           facts["characters"])
-    if not encode:
-        return None
     encode_file(tokenizer, path, file)
     return load_tokens(tokenizer, path, folder)
 
@@ -500,7 +498,7 @@ def answer() -> None:
     """Encodes blocks from standard input, for `encode_blocks`, after the merges to encode by."""
     source, target = sys.stdin.buffer, sys.stdout.buffer
     tokenizer, merges, block = BasicTokenizer.__new__(BasicTokenizer), pickle.load(source), b""
-    tokenizer._use(merges, spell(merges))
+    tokenizer._use(merges)
     while True:  # until there is no block left, or nobody who waits for it: either is an error
         pickle.dump(tokenizer._encode_long(block), target)
         target.flush()
@@ -509,11 +507,11 @@ def answer() -> None:
 
 # ---- files ----
 
-MERGES_FILE, VOCAB_FILE, WAITING_FILE = "merges.pkl", "vocab.pkl", ".merges.pkl.new"
+MERGES_FILE, VOCAB_FILE = "merges.pkl", "vocab.pkl"  # the second follows from the first
 MAX_BYTES = 1 << 26  # limit for a file, and for all tokens: they must not fill the memory
-PICKLED_VALUES = {"INT", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES"}
-PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "STOP",
-                    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+PICKLED_NUMBERS = {"INT", "BININT", "BININT1", "BININT2"}
+PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "TUPLE",
+                    "TUPLE2", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "STOP"}
 
 
 def fingerprint(merges: Merges) -> str:
@@ -536,46 +534,18 @@ def digests(folder: Path, name: str) -> dict[Path, str | None]:
     return found
 
 
-def save_pair(folder: Path, merges: Merges, vocab: Vocab) -> None:
-    """Writes merges.pkl and vocab.pkl. If killed, it leaves `load_pair` the old pair or the new.
+def save_merges(folder: Path, merges: Merges) -> None:
+    """Writes merges.pkl and, for other programs and eyes, vocab.pkl, what they spell.
 
     Raises ValueError if a network there was trained with another tokenizer, and would lose it.
-
-    Two renames cannot be one. Between them the new vocabulary lies beside the old merges; but the
-    new merges are there too, in a third file, where `load_pair` looks for them.
     """
     for network, needed in digests(folder, "tokenizer").items():
         if needed not in (None, fingerprint(merges)):
             raise ValueError(f"{network} was trained with another tokenizer, without which it is "
                              "of no use: choose another --out_dir")
-    waiting = folder / WAITING_FILE
-    if waiting.exists():  # a save was cut short, between its renames perhaps: it is finished first
-        with suppress(ValueError):
-            os.replace(load_pair(folder)[2], folder / MERGES_FILE)
-    with atomic_write(waiting) as file:
-        pickle.dump(merges, file)
-    with atomic_write(folder / VOCAB_FILE) as file:
-        pickle.dump(vocab, file)
-    os.replace(waiting, folder / MERGES_FILE)
-    sync_folder(folder)
-
-
-def load_pair(folder: Path) -> tuple[Merges, Vocab, Path]:
-    """Returns merges, vocabulary and the path of the merges, as `save_pair` left them.
-
-    Raises ValueError if a file is missing or damaged, or the two do not belong together.
-    """
-    merges_path, vocab_path = folder / MERGES_FILE, folder / VOCAB_FILE
-    paths = [merges_path, folder / WAITING_FILE, merges_path]  # again, as a save may end meanwhile
-    if not vocab_path.exists() or not any(path.exists() for path in paths):
-        raise ValueError(f"there is no tokenizer in {folder}: {remedy(folder)}")
-    for path in paths:
-        if path.exists():
-            merges = read_merges(path)
-            vocab = spell(merges)
-            if vocab == read_pickle(vocab_path):
-                return merges, vocab, path
-    raise ValueError(f"{vocab_path} is not what {merges_path} spells: {remedy(folder)}")
+    for name, table in (VOCAB_FILE, spell(merges)), (MERGES_FILE, merges):
+        with atomic_write(folder / name) as file:
+            pickle.dump(table, file)
 
 
 def spell(merges: Merges) -> Vocab:
@@ -586,50 +556,40 @@ def spell(merges: Merges) -> Vocab:
     return vocab
 
 
-def read_merges(path: Path) -> Merges:
-    """Reads merges, each of which must make the next id, from 256 on, of two earlier ones."""
-    merges, sizes, total = read_pickle(path), [1] * 256, 256
-    for new, (pair, made) in enumerate(merges.items(), 256):
-        if type(pair) is not tuple or made != new or not 0 <= min(pair) <= max(pair) < new:
-            raise invalid(path, f"{pair} -> {made} does not make token {new} of two earlier ones")
-        sizes.append(sizes[pair[0]] + sizes[pair[1]])
-        total += sizes[-1]
-        if total > MAX_BYTES or new >= MAX_VOCAB:
-            raise invalid(path, f"more than {MAX_VOCAB} tokens, or {MAX_BYTES} bytes in them")
-    return merges
+def read_merges(folder: Path) -> Merges:
+    """Reads merges.pkl, and runs no code that it may hold, as `pickle.load` would.
 
-
-def read_pickle(path: Path) -> dict:
-    """Reads a pickled dict of int, bytes and pairs of int, and runs no code that a file may hold.
-
-    `pickle.load` would import and call what a file asks for. In the file the dict is a flat list,
-    key, value, key, value ..., and this makes nothing but that. Raises ValueError if the file
-    cannot be read, is too large, or holds anything else.
+    In the file merges are a row of numbers, left, right, new, left, right, new ..., and this reads
+    nothing but that. Each must make the next id, from 256 on, of two earlier ones. Raises
+    ValueError if the file is missing, too large or damaged.
     """
+    path, numbers, merges, sizes, total = folder / MERGES_FILE, [], {}, [1] * 256, 256
+    if not path.exists():
+        raise ValueError(f"there is no tokenizer in {folder}: {remedy(folder)}")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES} bytes")
-        items = []
         for instruction, value, _ in pickletools.genops(path.read_bytes()):
-            name = instruction.name
-            if name in PICKLED_VALUES:
-                items.append(value)
-            elif name in ("TUPLE", "TUPLE2") and list(map(type, items[-2:])) == [int, int]:
-                items[-2:] = [tuple(items[-2:])]
-            elif name not in PICKLE_STRUCTURE:
-                raise ValueError(f"its {name} has no place in a dict of numbers and bytes")
-            if len(items) > 2 * MAX_VOCAB:
+            if instruction.name in PICKLED_NUMBERS:
+                numbers.append(value)
+            elif instruction.name not in PICKLE_STRUCTURE:
+                raise ValueError(f"its {instruction.name} has no place in a dict of numbers")
+            if len(numbers) > 3 * MAX_VOCAB:
                 raise ValueError(f"more than {MAX_VOCAB} tokens")
-        return dict(zip(items[::2], items[1::2], strict=True))
+        for new, (*pair, made) in enumerate(zip(*[iter(numbers)] * 3, strict=True), 256):
+            if made != new or not 0 <= min(pair) <= max(pair) < new or tuple(pair) in merges:
+                raise ValueError(f"{pair} -> {made} does not make token {new} of two earlier ones")
+            merges[tuple(pair)] = new
+            sizes.append(sizes[pair[0]] + sizes[pair[1]])
+            total += sizes[-1]
+            if total > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES} bytes in its tokens")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise invalid(path, error) from error
-
-
-def invalid(path: Path, reason: object) -> ValueError:
-    """Makes the error for a file that is no tokenizer's."""
-    return ValueError(f"{path} is no tokenizer file ({reason!s:.120}): {remedy(path.parent)}")
+        raise ValueError(f"{path} is no tokenizer file ({error!s:.120}): {remedy(folder)}"
+                         ) from error
+    return merges
 
 
 def remedy(folder: Path) -> str:
@@ -857,21 +817,16 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        sync_folder(target.parent)
+        if os.name == "posix":  # the new name, too, is to outlast a power cut; Windows cannot
+            descriptor = os.open(target.parent, os.O_RDONLY)
+            with suppress(OSError):  # some shared drives cannot, either
+                os.fsync(descriptor)
+            os.close(descriptor)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a renaming in a folder outlast a power cut, where system and drive can do that."""
-    if os.name == "posix":  # Windows cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # some shared drives cannot, either
-            os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def visible(token: bytes) -> str:
@@ -957,12 +912,6 @@ def check_bytes(data: bytes, path: str | Path) -> None:
         note(f"{path} has CRLF or CR line ends, which are read as \\n")
 
 
-def text_bytes(data: bytes, path: str | Path) -> bytes:
-    """Returns the bytes of a file without a byte-order mark, and each CRLF or CR as a line feed."""
-    check_bytes(data, path)
-    return data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-
 def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int = 1) -> str:
     """Says why bytes, from `line` on, are not UTF-8, as far as is evident, and what helps."""
     bad = sum(map(len, re.findall("[\udc80-\udcff]+", data.decode("utf-8", "surrogateescape"))))
@@ -976,17 +925,14 @@ def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int = 1) 
     drop = f"drop what is amiss with {convert(path, 'UTF-8', drop=True)}"
     if cut:
         return f"is not UTF-8 at its end, in the middle of a character: {drop}"
-    if bad == 1:
-        return f"is not UTF-8 in one place ({place}): {drop}"
-    if 100 * bad <= good or 1000 * bad <= len(data):
-        return f"is not UTF-8 in {bad} bytes (first {place}): {drop}"
+    if bad == 1 or 100 * bad <= good or 1000 * bad <= len(data):
+        return f"is not UTF-8 in {bad} byte{'s' * (bad > 1)} (first {place}): {drop}"
     return f"is not UTF-8 ({place}): find out its encoding, and save it as UTF-8 in an editor"
 
 
 def other_encoding(data: bytes) -> str | None:
     """Names the encoding, if any, in which bytes read like a language, where they are not ASCII."""
-    place = re.search(b"[\x80-\xff]", data).start()
-    start = max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1  # of that line
+    start = re.search(b"[\x80-\xff]", data).start()
     for name, signs, share in ENCODINGS:
         with suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(name)().decode(data[start:start + SAMPLE])

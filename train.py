@@ -131,10 +131,9 @@ class Muon(torch.optim.Optimizer):
     """Moves each matrix along its momentum, made orthogonal (Jordan et al. 2024).
 
     A gradient changes a matrix mostly in a few directions. Made orthogonal, it goes about equally
-    far in all. This differs from `torch.optim.Muon`: it takes three Newton-Schulz steps, not five,
-    for the same loss to 0.003, and multiplies all matrices of one shape at once, in the format the
-    hardware is fast in. On a processor without bfloat16 instructions, where PyTorch's multiplies in
-    bfloat16, too, a step takes a thirtieth of the time.
+    far in all. This differs from `torch.optim.Muon`: three Newton-Schulz steps, not five, give the
+    same loss to 0.003, and all matrices of one shape are multiplied at once, in the format the
+    hardware is fast in. Without bfloat16 instructions a step takes a thirtieth of PyTorch's time.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], lr: torch.Tensor, weight_decay: float,
@@ -167,9 +166,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Brings the singular values of each matrix towards 1, none above 1.3: (N, rows, columns).
 
-    Each Newton-Schulz step applies to them a polynomial that is steep at 0. Those of at least a
-    fiftieth of the matrix's norm end between 0.68 and 1.21, up to rounding, smaller ones below.
-    It computes in `dtype`.
+    Each Newton-Schulz step applies a polynomial to them that is steep at 0, in `dtype`. Those of at
+    least a fiftieth of the matrix's norm end between 0.68 and 1.21, smaller ones below.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -207,22 +205,15 @@ class Trainer:
 
     A step sets the learning rates, draws a batch, and moves the weights against the gradient of its
     loss. `plain_gradients` computes that as textbooks do, `core_gradients` shares it out among the
-    cores of a CPU, and `recorded` plays it back, or all of `learn`, from a CUDA graph.
-    Under torchrun each process has one; they share every batch, and only the master (rank 0) prints
-    and writes.
+    cores of a CPU, and `recorded` plays it back, or all of `learn`, from a CUDA graph. Under
+    torchrun each process has one; they share every batch, and the master (rank 0) alone writes.
     """
 
     def __init__(self, args: argparse.Namespace, last: dict | None):
         """Starts afresh, or from `last`, the contents of a last.pt. Raises ValueError."""
         self.args, self.held = args, None
         self.find_device()
-        try:
-            self.load_text()
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            raise ValueError(f"not enough memory for {args.data_path}: use a shorter text"
-                             ) from error
+        self.load_text()
         self.load_teachers()
         torch.manual_seed(args.seed)
         self.config = GPTConfig(**{field.name: getattr(args, field.name)
@@ -472,10 +463,7 @@ class Trainer:
         return union.bool().tolist()
 
     def evaluate(self) -> str:
-        """Measures losses and ReLUs, adds a row to the metrics, keeps the weights if they are best.
-
-        Returns a line to print.
-        """
+        """Adds a row to the metrics, saves the weights if best, and returns a line to print."""
         args, grad_norm = self.args, self.grad_norm.item()  # waits for a GPU, so the speed is true
         speed, data = self.tokens_per_second(), self.data
         eager = torch.compiler.set_stance if self.compiled else contextlib.nullcontext
@@ -647,17 +635,14 @@ class Trainer:
                    for weight in last["model"].values()):
             raise ValueError("weights that are not finite numbers of float32")
         for optimizer, state in zip(self.optimizers, last["optimizers"]):
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
-            for number, moments in state["state"].items():
-                shapes = {weights[number].shape, torch.Size([])}
-                if not {moment.shape for moment in moments.values()} <= shapes:
+            for saved, group in zip(state["param_groups"], optimizer.param_groups):
+                saved |= {name: group[name] for name in group.keys() - {"params"}}  # given anew
+            optimizer.load_state_dict(state)
+            for p, moments in optimizer.state.items():
+                if not {moment.shape for moment in moments.values()} <= {p.shape, torch.Size([])}:
                     raise ValueError("moments of other weights")
                 if moments.keys() != state["state"][0].keys():
                     raise ValueError("a moment that is missing")
-            for saved, group in zip(state["param_groups"], optimizer.param_groups):
-                given = {name: group[name] for name in group.keys() - {"params"}}
-                saved |= given  # flags may be given anew
-            optimizer.load_state_dict(state)
         if last["scaler"]:
             self.scaler.load_state_dict(last["scaler"])
 
@@ -679,13 +664,10 @@ class Trainer:
 
     def restore_metrics(self, last: dict) -> None:
         """Takes over the rows of metrics.csv and how far the run came."""
-        columns, needed = last["columns"], {"train_loss", "val_loss", "val_nats_per_char"}
-        if len({*columns}) < len(columns) or not needed <= {*columns}:
+        if not {"train_loss", "val_loss", "val_nats_per_char"} <= {*last["columns"]}:
             raise ValueError("metrics without their columns")
-        if last["iteration"] < 0:
-            raise ValueError("less than no iterations")
         for values in last["metrics"].tolist():
-            row = dict(zip(columns, values, strict=True))
+            row = dict(zip(last["columns"], values, strict=True))
             whole = {name: int(row[name]) for name in ("iteration", "tokens_seen")}
             self.metrics.append(row | whole)
         self.iteration, self.tokens_seen = last["iteration"], last["tokens_seen"]
@@ -759,18 +741,15 @@ class Trainer:
 
     def load_text(self) -> None:
         """Puts the text on the device, as tokens. Writes nothing but a long text's tokens.bin."""
-        args = self.args
-        if not is_long(args.data_path):
-            data = read_text(args.data_path).encode()
-            split(data, args.block_size)  # bytes are no fewer than tokens: too short is told
+        args, long, shared = self.args, is_long(self.args.data_path), [None]
+        if not long:  # bytes are no fewer than tokens: too short a text is told at once
+            split(read_text(args.data_path).encode(), args.block_size)
         elif args.bpe_dropout:
             args.bpe_dropout = 0.0
             if self.master:
                 print("training without BPE-dropout: so long a text is not learned by heart")
-        shared = [None]
         if self.master:  # it alone writes: a long text's tokens
-            if is_long(args.data_path):
-                self.held = lock(args.out_dir)
+            self.held = lock(args.out_dir) if long else None
             shared[0], tokens = choose_tokenizer(args)
         if self.world_size > 1:
             dist.broadcast_object_list(shared, group=self.flags_group)
@@ -785,10 +764,8 @@ class Trainer:
             "val": len(parts["val"]) / val_characters}
         self.data = {name: self.on_device(part) for name, part in parts.items()}
         self.epoch_tokens = None, None  # see `training_tokens`
-        self.train_text = b""
         if args.bpe_dropout:
-            val_bytes = len(self.tokenizer.decode_bytes(parts["val"].tolist()))
-            self.train_text = data[:-val_bytes]
+            self.train_text = self.tokenizer.decode_bytes(parts["train"].tolist())
         val = tile_starts(self.data["val"], args.block_size, EVAL_TOKENS // args.block_size)
         train = tile_starts(self.data["train"], args.block_size, len(val))
         self.starts = {"train": train, "val": val}
@@ -844,10 +821,8 @@ class Trainer:
 
     def summary(self) -> str:
         """Returns what is about to run, in one line."""
-        machine = self.device.type
-        if self.world_size > 1:
-            machine = f"{self.world_size} x {machine}"
-        machine += ", compiled" * self.compiled
+        several = f"{self.world_size} x " * (self.world_size > 1)
+        machine = several + self.device.type + ", compiled" * self.compiled
         return (f"{sum(p.numel() for p in self.model.parameters()):,} parameters in "
                 f"{str(self.dtype)[6:]} on {machine}; {len(self.data['train']):,} tokens to train "
                 f"on, {len(self.data['val']):,} to validate on; iterations {self.iteration} to "
@@ -935,8 +910,7 @@ class CoreThreads:
         """Leaves in the weights the gradient of `scale` times the sum of loss(*part).
 
         Returns that sum over all parts, unscaled, a scalar. Each part has a seed of its own, and
-        they are added up in their order, so that the result depends neither on which thread is
-        first nor on how many there are.
+        they are added up in their order: the number of threads changes nothing.
         """
         def compute(part, seed):
             with dropout_from(torch.Generator().manual_seed(seed)):
@@ -1040,14 +1014,12 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[BasicTokenizer, Tokens]:
         tokenizer = BasicTokenizer(out_dir=folder)
         texts, needed = digests(folder, "text"), digests(folder, "tokenizer")
         texts = {texts[network] for network in texts if needed[network] == tokenizer.fingerprint}
-        # A run on a long text left its tokens there: without them, the run is on another.
-        tokens = load_tokens(tokenizer, args.data_path, args.out_dir, encode=False)
-        if told or texts <= {None} or tokens and tokens.digest in texts:
+        tokens = load_tokens(tokenizer, args.data_path, args.out_dir)
+        if told or texts <= {None} or tokens.digest in texts:
             if not args.init_from and tokenizer.vocab_size != args.vocab_size:
                 raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, "
                                  f"not {args.vocab_size}: use --vocab_size "
                                  f"{tokenizer.vocab_size}, or another --out_dir")
-            tokens = tokens or load_tokens(tokenizer, args.data_path, args.out_dir)
             print(f"using the tokenizer that is in {folder}: "
                   f"{tokens.size / len(tokens.ids):.2f} bytes a token of this text")
             return tokenizer, tokens
@@ -1271,9 +1243,6 @@ def initial_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if entries.get("int8"):
         raise ValueError(f"--init_from {args.init_from} is int8: name the model.pt it was made "
                          "from")
-    if not (args.init_from.parent / "merges.pkl").exists():
-        raise ValueError(f"no merges.pkl beside --init_from {args.init_from}: copy merges.pkl and "
-                         "vocab.pkl of its run there")
     config = asdict(model.config)
     return {name: config[name] for name in
             ("vocab_size", "block_size", "n_embd", "n_head", "n_layer")}
@@ -1358,8 +1327,7 @@ def main() -> None:
             sys.exit(status)  # it has said why
     trainer = Trainer(args, last)
     if master:
-        if not trainer.held:  # only now: a start that is refused leaves nothing
-            trainer.held = lock(args.out_dir)
+        trainer.held = trainer.held or lock(args.out_dir)  # only now: refused, it leaves nothing
         if args.resume:
             for note in changed_flags(args, last["args"]):
                 print(note)
@@ -1384,15 +1352,11 @@ def farewell(trainer: Trainer) -> str:
     args, script = trainer.args, Path(sys.argv[0])
     folder = [] if args.out_dir == CHECKPOINTS else ["--out_dir", args.out_dir.as_posix()]
     if trainer.stop.requested:
-        start, others = ["python"], ""
+        start = ["python"]
         if trainer.world_size > 1:
-            processes = os.environ["LOCAL_WORLD_SIZE"]
-            start = ["torchrun", "--nproc_per_node", processes]
-            if trainer.world_size > int(processes):
-                others = " on each machine, with its --nnodes and --rdzv flags"
+            start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
         command = shlex.join([*start, sys.argv[0], "--resume", *folder])
-        return (f"stopped and saved at iteration {trainer.iteration}; go on with: "
-                f"{command}{others}")
+        return f"stopped and saved at iteration {trainer.iteration}; go on with: {command}"
     model, best = load_model(args.out_dir / "model.pt")
     start = torch.tensor([trainer.tokenizer.encode_array("\n").tolist()])
     ids = model.generate(start, 200, TEMPERATURE, seed=args.seed)[0].tolist()
