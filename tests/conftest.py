@@ -23,19 +23,13 @@ if hasattr(signal, "SIGHUP"):  # and `nohup` to a terminal that is closed
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "data", "tests")]
 
-TINY = ["--n_embd", "16", "--n_head", "3", "--n_layer", "2", "--block_size", "16",
-        "--batch_size", "4", "--vocab_size", "300", "--device", "cpu"]
+TINY = ("--n_embd 16 --n_head 3 --n_layer 2 --block_size 16 --batch_size 4 --vocab_size 300 "
+        "--device cpu").split()
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "attack: takes minutes, and runs only with -m attack")
-
-
-def pytest_collection_modifyitems(config, items):
-    if "attack" not in config.option.markexpr:
-        attacks = [item for item in items if item.get_closest_marker("attack")]
-        config.hook.pytest_deselected(items=attacks)
-        items[:] = [item for item in items if item not in attacks]
+    config.option.markexpr = config.option.markexpr or "not attack"
 
 
 # ---- scripts ----
@@ -43,8 +37,7 @@ def pytest_collection_modifyitems(config, items):
 def run(script, *args, **options):
     """Runs a script of the repository. Returns the finished process, with its output as text.
 
-    Most of the time goes into loading PyTorch, so, where no option wants a process of its own
-    making and the system is known to fork well, FORKS does it.
+    On Linux and without options FORKS does it, as most of the time goes into loading PyTorch.
     """
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     if options or sys.platform != "linux":
@@ -55,14 +48,14 @@ def run(script, *args, **options):
         process = FORKS.Process(target=run_file, args=(command[1:], output, dict(os.environ)))
         process.start()
         process.join(300)
-        process.kill()  # it has ended, or takes too long
+        process.kill()  # in case it takes too long
         process.join()
         texts = [path.read_text(encoding="utf-8") for path in output]
     return subprocess.CompletedProcess(command, process.exitcode, *texts)
 
 
 def start(script, *args, **options):
-    """Starts a script of the repository. Returns the process, with pipes for its output as text."""
+    """Starts a script of the repository, with pipes for its output as text."""
     defaults = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, ROOT / script, *args]
     return subprocess.Popen([*map(str, command)], **defaults | options)
@@ -73,7 +66,7 @@ FORKS.set_forkserver_preload(["matplotlib.figure", "torch._dynamo", "torch.ao.qu
 
 
 def run_file(argv, output, environment):
-    """Runs a script as Python does, with its output and errors in two files, for FORKS."""
+    """Runs a script as Python does, with output and errors in two files, for FORKS."""
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)
@@ -83,7 +76,7 @@ def run_file(argv, output, environment):
 
 
 def run_main(module, args, patch, environment):
-    """Runs main() of a script, with some of its names replaced and without output, for FORKS."""
+    """Runs main() of a script, some of its names replaced, without output, for FORKS."""
     os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # else a killed process leaves a semaphore
     script = importlib.import_module(module)
@@ -113,8 +106,8 @@ def wait_for(event, process):
 
 def contents(folder):
     """Returns {path: bytes} of every file below a folder."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder): path.read_bytes() for path in paths}
+    return {path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def metrics(folder):
@@ -135,8 +128,7 @@ def same(a, b):
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
-        alike = (a.dtype, a.shape) == (b.dtype, b.shape)
-        return alike and a.numpy().tobytes() == b.numpy().tobytes()
+        a, b = ((x.dtype, x.shape, x.numpy().tobytes()) for x in (a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -155,10 +147,7 @@ def same_weights(a, b):
 
 @pytest.fixture(scope="session")
 def shakespeare():
-    """Path of the real text, which data/prepare.py fetches where it is missing.
-
-    Where that fails, or another text lies there, tests that need it are skipped; in CI they fail.
-    """
+    """Path of the real text, fetched if need be. Without it tests are skipped; in CI they fail."""
     fetched = run("data/prepare.py")
     if fetched.returncode or "another text" in fetched.stdout:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(fetched.stdout + fetched.stderr)
@@ -167,7 +156,7 @@ def shakespeare():
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory):
-    """A text of 20,000 characters with something to learn in it, an accent and a dash included."""
+    """A text of 20,000 characters with something to learn, an accent and a dash in it."""
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
     who = ("ROMEO", "JULIET", "NURSE")
     what = ("speak", "be gone", "good night", "what say you")
@@ -208,11 +197,7 @@ def new_trainer(monkeypatch):
     import train
 
     lock = train.lock
-
-    def lock_and_let_go(out_dir):
-        lock(out_dir).close()
-
-    monkeypatch.setattr(train, "lock", lock_and_let_go)
+    monkeypatch.setattr(train, "lock", lambda out_dir: lock(out_dir).close())
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     return lambda *flags: train.Trainer(*train.parse_args([*map(str, flags)]))
 
