@@ -365,8 +365,7 @@ class Decoder:
         self.model, config, B = model, model.config, batch_size
         shape = config.n_layer, 2, B, config.n_head, config.block_size, config.head_size
         self.caches = model.position_embedding.weight.new_empty(shape)
-        float32_or_int8 = type(model.head) in (nn.Linear, Int8Linear)
-        if B == 1 and self.caches.type() == "torch.FloatTensor" and float32_or_int8:
+        if B == 1 and self.caches.type() == "torch.FloatTensor" and type(model.head) is nn.Linear:
             self.read = numpy_read(model, self.caches)  # in place of the method
             return
         self.layers = [(block.ln_1.forward, fast_linear(block.attn.qkv, B),
@@ -442,53 +441,43 @@ class Decoder:
 
 @torch.no_grad()
 def numpy_read(model: GPT, caches: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Returns `Decoder.read` for one stream in float32, or with int8 layers, on a CPU.
+    """Returns `Decoder.read` for one float32 stream: NumPy takes less time to start an operation.
 
-    NumPy takes less time to start an operation. Of a LayerNorm only the division is left: gain and
-    bias are put into the matrix that follows, and nothing here adds a mean to the residual stream.
+    Of a LayerNorm only the division is left: nothing here adds a mean to the residual stream, and
+    gain and bias are put into the matrix that follows.
     """
     H, D, eps = caches.shape[3], caches.shape[5], model.ln.eps
+
+    def folded(norm, layer):  # layer(norm(x)) == weight @ normed(x) + bias
+        return (layer.weight * norm.weight).numpy(), layer(norm.bias).numpy()
+
+    def centred(layer):  # the layer's outputs, less their mean
+        return [(p - p.mean(0)).numpy() for p in (layer.weight, layer.bias)]
 
     def normed(x):  # x has a mean of 0
         return x * (x.dot(x) / len(x) + eps) ** -0.5
 
-    def after(norm, layer):  # reads normed(x)
-        if isinstance(layer, Int8Linear):
-            gain, shift = norm.weight.numpy(), norm.bias.numpy()
-            return lambda x: int8(layer, x * gain + shift)
-        weight, bias = (layer.weight * norm.weight).numpy(), layer(norm.bias).numpy()
-        return lambda x: weight.dot(x) + bias
-
-    def centred(layer):  # its outputs have a mean of 0
-        if isinstance(layer, Int8Linear):
-            return lambda x: (y := int8(layer, x)) - y.mean()
-        weight, bias = [(p - p.mean(0)).numpy() for p in (layer.weight, layer.bias)]
-        return lambda x: weight.dot(x) + bias
-
-    def int8(layer, x):
-        return layer.forward(torch.from_numpy(x)[None])[0].numpy()
-
     tokens = model.token_embedding.weight.numpy()
     positions = model.position_embedding.weight.numpy()
-    head = after(model.ln, model.head)
-    layers = [(after(block.ln_1, block.attn.qkv), centred(block.attn.proj),
-               after(block.ln_2, block.ffwd.up), centred(block.ffwd.down), cache[:, 0].numpy())
+    head, head_bias = folded(model.ln, model.head)
+    layers = [(cache[:, 0].numpy(), *folded(block.ln_1, block.attn.qkv), *centred(block.attn.proj),
+               *folded(block.ln_2, block.ffwd.up), *centred(block.ffwd.down))
               for block, cache in zip(model.blocks, caches)]
 
     @np.errstate(all="ignore")  # overflows are no news to PyTorch either
     def read(token, at, seen):
         x = (tokens[token.item()] + positions[at])[0]  # (C,)
         x -= x.mean()
-        for qkv, proj, up, down, cache in layers:
-            new = qkv(normed(x)).reshape(3, H, 1, D)
+        for cache, qkv, qkv_bias, proj, proj_bias, up, up_bias, down, down_bias in layers:
+            new = (qkv.dot(normed(x)) + qkv_bias).reshape(3, H, 1, D)
             cache[:, :, at] = new[1:]
             q, (k, v) = new[0] * D ** -0.5, cache[:, :, seen]  # (H, 1, D), and (H, T, D) each
             scores = q @ k.swapaxes(1, 2)  # (H, 1, T)
             weights = np.exp(scores - scores.max(2, keepdims=True))
             y = weights @ v / weights.sum(2, keepdims=True)  # (H, 1, D)
-            x += proj(y.reshape(H * D))
-            x += down(np.maximum(up(normed(x)), 0))
-        return torch.from_numpy(head(normed(x)))[None]  # (1, V)
+            x += proj.dot(y.reshape(H * D)) + proj_bias
+            x += down.dot(np.maximum(up.dot(normed(x)) + up_bias, 0)) + down_bias
+        return torch.from_numpy(head.dot(normed(x)) + head_bias)[None]  # (1, V)
     return read
 
 
