@@ -635,14 +635,16 @@ class Trainer:
                    for weight in last["model"].values()):
             raise ValueError("weights that are not finite numbers of float32")
         for optimizer, state in zip(self.optimizers, last["optimizers"]):
-            for saved, group in zip(state["param_groups"], optimizer.param_groups):
-                saved |= {name: group[name] for name in group.keys() - {"params"}}  # given anew
-            optimizer.load_state_dict(state)
-            for p, moments in optimizer.state.items():
-                if not {moment.shape for moment in moments.values()} <= {p.shape, torch.Size([])}:
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            for number, moments in state["state"].items():
+                shapes = {weights[number].shape, torch.Size([])}
+                if not {moment.shape for moment in moments.values()} <= shapes:
                     raise ValueError("moments of other weights")
                 if moments.keys() != state["state"][0].keys():
                     raise ValueError("a moment that is missing")
+            for saved, group in zip(state["param_groups"], optimizer.param_groups):
+                saved |= {name: group[name] for name in group.keys() - {"params"}}  # given anew
+            optimizer.load_state_dict(state)
         if last["scaler"]:
             self.scaler.load_state_dict(last["scaler"])
 
@@ -1243,9 +1245,8 @@ def initial_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if entries.get("int8"):
         raise ValueError(f"--init_from {args.init_from} is int8: name the model.pt it was made "
                          "from")
-    config = asdict(model.config)
-    return {name: config[name] for name in
-            ("vocab_size", "block_size", "n_embd", "n_head", "n_layer")}
+    sizes = "vocab_size", "block_size", "n_embd", "n_head", "n_layer"
+    return {name: getattr(model.config, name) for name in sizes}
 
 
 def found_again(record: object, out_dir: Path, then: object) -> str:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -57,20 +58,21 @@ from tokenizer import (
 
 # ---- measuring ----
 
-def seconds(function):
+def seconds(function: Callable[[], object]) -> float:
     """Returns how long a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def alternate(functions, repeats, measure=seconds):
+def alternate(functions: Iterable[Callable], repeats: int,
+              measure: Callable[[Callable], float] = seconds) -> np.ndarray:
     """Returns each function's median measure; they run in turn, so that drift meets all alike."""
     turns = [[measure(function) for function in functions] for _ in range(repeats)]
     return np.median(turns, axis=0)
 
 
-def peak_memory():
+def peak_memory() -> float:
     """Returns the most bytes this process has held so far; NaN on Windows."""
     try:
         import resource
@@ -81,7 +83,7 @@ def peak_memory():
 
 
 @contextlib.contextmanager
-def sampled_memory():
+def sampled_memory() -> Iterator[list[int]]:
     """Yields a list that grows, five times a second, by the bytes this process and its children
     hold, without pages mapped from files; zeros where there is no Linux to tell."""
     samples, ended = [0], threading.Event()
@@ -105,7 +107,7 @@ def sampled_memory():
 
 # ---- tokenizer ----
 
-def bench_tokenizer(args):
+def bench_tokenizer(args: argparse.Namespace) -> None:
     """Times training and encoding, against the textbook algorithm."""
     if not args.megabytes:
         compare_with_textbook(args.data_path, args.repeats)
@@ -120,13 +122,13 @@ def bench_tokenizer(args):
                 sys.exit(1)  # the process has said why
 
 
-def learn(data_path, vocab_size):
+def learn(data_path: Path, vocab_size: int) -> BasicTokenizer:
     """Returns a tokenizer, trained as always: it reads the text and writes two files."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         return BasicTokenizer(data_path, vocab_size, out_dir=folder)
 
 
-def compare_with_textbook(data_path, repeats):
+def compare_with_textbook(data_path: Path, repeats: int) -> None:
     """Prints how long training and encoding take, the textbook's way and ours."""
     data, found, tokenizer = read_text(data_path).encode(), {}, learn(data_path, 500)
     for name, textbook, ours in (
@@ -149,7 +151,7 @@ def compare_with_textbook(data_path, repeats):
     print(f"train 5,000 tokens {seconds(lambda: learn(data_path, 5000)):.2f} s")
 
 
-def write_text(path, source, size):
+def write_text(path: Path, source: bytes, size: int) -> None:
     """Writes `size` bytes: the source again and again, with 5 % of its bytes drawn anew from it."""
     rng, source = np.random.default_rng(1337), np.frombuffer(source, np.uint8)
     with path.open("wb") as file:
@@ -160,7 +162,7 @@ def write_text(path, source, size):
         os.fsync(file.fileno())  # keeps the disk from being busy while the training is timed
 
 
-def measure_size(data_path, megabytes):
+def measure_size(data_path: Path, megabytes: int) -> None:
     """Prints time and peak memory for an ASCII text of that size, as a row of a table."""
     with tempfile.TemporaryDirectory() as folder, sampled_memory() as samples:
         path = Path(folder) / "text.txt"
@@ -177,7 +179,7 @@ def measure_size(data_path, megabytes):
 # ---- training ----
 # Each step makes an iteration in a number format, and returns its loss.
 
-def train_step(args, dtype):
+def train_step(args: argparse.Namespace, dtype: str) -> Callable:
     """Returns the step of a real run of train.py, at the published sizes."""
     flags = ["--data_path", args.data_path, "--batch_size", args.batch_size,
              "--device", args.device, "--dtype", dtype, "--out_dir", args.out_dir / dtype]
@@ -185,13 +187,13 @@ def train_step(args, dtype):
         return train.Trainer(*train.parse_args([*map(str, flags)])).step
 
 
-def textbook_step(args, dtype):
+def textbook_step(args: argparse.Namespace, dtype: str) -> Callable:
     network = TextbookGPT(CONFIG).to(args.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
     return plain_step(args, dtype, network, optimizer)
 
 
-def nanogpt_step(args, dtype):
+def nanogpt_step(args: argparse.Namespace, dtype: str) -> Callable:
     names = runpy.run_path(args.nanogpt / "model.py")
     config = names["GPTConfig"](block_size=CONFIG.block_size, dropout=CONFIG.dropout, bias=False,
                                 **SHAPE)
@@ -200,7 +202,8 @@ def nanogpt_step(args, dtype):
     return plain_step(args, dtype, torch.compile(network), optimizer, clip=True)
 
 
-def plain_step(args, dtype, network, optimizer, clip=False):
+def plain_step(args: argparse.Namespace, dtype: str, network: Callable, optimizer: object,
+               clip: bool = False) -> Callable:
     """Returns a step as textbooks and nanoGPT have it."""
     data, T = torch.randint(CONFIG.vocab_size, (10**6,)), CONFIG.block_size
     kind = args.device.type
@@ -226,14 +229,14 @@ def plain_step(args, dtype, network, optimizer, clip=False):
     return step
 
 
-def matrix_speed(dtype, device):
+def matrix_speed(dtype: str, device: object) -> float:
     """Returns the operations a second of a large matrix product."""
     a, b = torch.randn(2, 4096, 4096, device=device, dtype=getattr(torch, dtype))
     [time_] = alternate([lambda: (a @ b).sum().item()], 5)
     return 2 * 4096**3 / time_
 
 
-def bench_train(args):
+def bench_train(args: argparse.Namespace) -> None:
     """Times an iteration of training, against the textbook network's."""
     args.device = device = model.choose_device(args.device)
     auto = str(train.choose_dtype("auto", device)).removeprefix("torch.")
@@ -285,7 +288,7 @@ def bench_train(args):
 # ---- sampling ----
 
 @contextlib.contextmanager
-def training():
+def training() -> Iterator[subprocess.Popen]:
     """Lets train.py run beside, with its defaults, as soon as it has measured its first loss."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends it, too
     env = os.environ.copy()
@@ -301,7 +304,7 @@ def training():
             process.kill()
 
 
-def llama2c(folder, inner):
+def llama2c(folder: Path, inner: int) -> Callable[[], float]:
     """Returns a function that lets llama2.c, `run` in the folder, fill a context, and returns its
     tokens a second. An untrained feed-forward of LLaMA has three matrices, here `inner` wide."""
     C, H, L, V = CONFIG.n_embd, CONFIG.n_head, CONFIG.n_layer, CONFIG.vocab_size
@@ -320,7 +323,7 @@ def llama2c(folder, inner):
     return run
 
 
-def bench_sample(args):
+def bench_sample(args: argparse.Namespace) -> None:
     """Times sampling, against the textbook's and, where it is installed, Hugging Face's."""
     def sample(network, start, n, **flags):
         time_ = seconds(lambda: network.generate(start, max_new_tokens=n, **flags).tolist())
@@ -362,7 +365,7 @@ def bench_sample(args):
 
 # ---- loss ----
 
-def load_run(args, note):
+def load_run(args: argparse.Namespace, note: str) -> tuple:
     """Prints which run it is. Returns its tokenizer, network and validation split, (N,)."""
     tokenizer, path = BasicTokenizer(out_dir=args.out_dir), args.out_dir / "model.pt"
     network, checkpoint = model.load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
@@ -372,7 +375,7 @@ def load_run(args, note):
     return tokenizer, network, model.MappedTokens(val, "cpu")
 
 
-def token_losses(network, val, starts, first):
+def token_losses(network: Callable, val: object, starts: object, first: int) -> tuple:
     """Returns where in `val` the tokens lie that have `first` to T tokens of a window at `starts`
     before them, and their losses in nats: both (len(starts) * (T - first + 1),)."""
     places, losses, T = [], [], network.config.block_size
@@ -386,7 +389,7 @@ def token_losses(network, val, starts, first):
     return torch.cat(places), torch.cat(losses)
 
 
-def bench_loss(args):
+def bench_loss(args: argparse.Namespace) -> None:
     """Prints the validation loss: exact, of random batches, and past the window."""
     tokenizer, network, val = load_run(args, "nats per token (per character)")
     T, per_char = network.config.block_size, len(val) / tokenizer.count_characters(val)
@@ -413,7 +416,7 @@ def bench_loss(args):
 
 # ---- quantize ----
 
-def quantized_variants(network):
+def quantized_variants(network: Callable) -> dict[str, tuple]:
     """Returns ways to quantize a network, each as the weights of a file and a network."""
     floats, per_channel = network.state_dict(), quantize_dynamic(network)
     embeddings = {name: weight for name, weight in floats.items() if "embedding" in name}
@@ -446,7 +449,7 @@ def quantized_variants(network):
     }
 
 
-def bench_quantize(args):
+def bench_quantize(args: argparse.Namespace) -> None:
     """Compares ways to quantize a trained network with float32, as a Markdown table."""
     tokenizer, network, val = load_run(args, "speeds are ratios to float32\n")
     variants, T = quantized_variants(network), network.config.block_size
@@ -477,7 +480,7 @@ def bench_quantize(args):
 
 # ---- command line ----
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     count = bounded(int, 1)
     flags = {  # type, default, metavar, help
         "repeats": (count, 5, "N", "rounds, of which the median counts (default: %(default)s)"),
@@ -516,7 +519,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     args.function(args)
 

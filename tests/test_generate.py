@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT, complaint, run, start
-from generate import main, spelling, take_back
+from generate import main, spelling, take_back, write_stream
 from model import load_model
 from tokenizer import TEMPERATURE, BasicTokenizer
 
@@ -54,6 +55,7 @@ def test_what_is_printed_begins_with_the_prompt_byte_for_byte(finished_run, samp
         text, notes = sample("--prompt", os.fsdecode(prompt), "--num_samples", number,
                              "--max_new_tokens", count)
         parts = text.split(b" ---\n")[1:] if number > 1 else [text]
+        assert number == 1 or b"--- sample 2 of 3 ---\n" in text
         assert len(parts) == number and all(part.startswith(whole or b"\n") for part in parts)
         assert f"using {finished_run / 'model.pt'}, iteration" in notes
         assert f"\n{count * number} tokens in" in notes and "tokens a second" in notes
@@ -108,6 +110,19 @@ def test_a_prompt_file_is_read_like_a_text(sample, tmp_path, monkeypatch):
     assert sample("--prompt_file", "-")[0] == given[0]
     text, notes = sample("--prompt", "prompt.txt")
     assert text.startswith(b"prompt.txt") and "note: prompt.txt is a file's name" in notes
+
+
+def test_each_token_is_shown_at_once_but_no_half_character():
+    class Terminal(io.BytesIO):
+        def flush(self):
+            shown.append(self.getvalue().decode())
+
+    shown, terminal = [], Terminal()
+    tokens = (torch.tensor([token]) for token in "\u00e9a\u00e9".encode()[1:-1])
+    one_byte_each = SimpleNamespace(decode_bytes=bytes)
+    assert write_stream(tokens, one_byte_each, list("b\u00e9".encode()[:-1]), terminal) == 3
+    assert shown == ["b\u00e9", "b\u00e9a", "b\u00e9a"]
+    assert terminal.getvalue().decode() == "b\u00e9a\ufffd\n"
 
 
 def test_the_output_is_valid_utf8_at_every_flush(finished_run):

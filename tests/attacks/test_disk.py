@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up_in_training_keeps_what_it_goes_on_from(tiny_run):
 @attack
 @pytest.mark.parametrize("script, name", [
     *(("train.py", name) for name in ("merges.pkl", "metrics.csv", ".lock", ".metrics.csv.tmp")),
-    ("tokenizer.py", "vocab.pkl"), ("quantize.py", "int8.pt"), ("quantize.py", "vocab.pkl"),
+    ("tokenizer.py", "vocab.pkl"), ("quantize.py", "int8.pt"),
     *(("generate.py", name) for name in ("model.pt", "merges.pkl", "text.txt", "prompt.txt")),
     *(("plots.py", name) for name in ("metrics.csv", "histograms.npz", ".relu_outputs.png.tmp"))])
 def test_a_folder_in_the_place_of_a_file_is_one_line(tiny_run, tiny_text, script, name):
