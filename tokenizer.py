@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE / "checkpoints"
@@ -235,8 +236,6 @@ class BasicTokenizer:
 
     def train(self, data_path: str | Path | None = None) -> None:
         """Learns from the text, writes the files, prints bytes per token (if verbose, merges)."""
-        from tqdm import tqdm  # only training has use for it
-
         self.data_path = data_path or self.data_path
         if self.data_path is None:
             raise ValueError("this tokenizer was loaded, not made from a text: "
@@ -441,8 +440,6 @@ def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path)
 
 def encode_file(tokenizer: BasicTokenizer, path: str | Path, file: Path) -> None:
     """Encodes a long text from disk to disk, for `load_tokens`, and raises what that raises."""
-    from tqdm import tqdm
-
     text, of_text, of_ids, characters = os.stat(path), hashlib.sha256(), hashlib.sha256(), 0
 
     def pieces():
