@@ -6,7 +6,7 @@
 
 Read down to `sample`: that is all there is to a GPT. `split` and `windows`, further down, make what
 it is trained on. The rest may wait: it computes the same, faster, or is for files. Who changes the
-network changes `Decoder.read` and `numpy_read`, too, which repeat it for sampling.
+network changes its stand-ins, too: `cpu_attention`, `gpu_attention`, `Decoder.read`, `numpy_read`.
 
 Shapes: B sequences of T tokens, C = n_embd channels, H heads of D channels, V = vocab_size.
 """
@@ -113,7 +113,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_flat = x.flatten(0, 1)  # (B * T, C): of three dimensions `up` makes a view, to be copied
+        x_flat = x.flatten(0, 1)  # (B * T, C); in three dimensions the in-place ReLU would copy
         return self.down(self.relu(self.up(x_flat))).view_as(x)
 
 
@@ -306,16 +306,16 @@ def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                   dropout: float = 0.0) -> torch.Tensor:
     """Computes what `attention` does, on a CPU. q, k, v: (B, H, T, D) -> (B, H, T, D).
 
-    It takes some queries at a time, so that keys in the future of all of them are never looked at,
-    and begins with the last: each time keys and values are a slice of the slice before, and their
-    gradients, which are as long as what was sliced, stay short.
+    It takes some queries at a time, so that keys in the future of all of them are never looked at.
+    It begins with the last queries and slices keys and values from the slice before: the gradient
+    of a slice is as long as what it was cut from, and so becomes shorter each time.
     """
     B, H, T, D = q.shape
-    v = v * (1 / (1 - dropout))  # in place of the weights, which are many more numbers
+    v = v * (1 / (1 - dropout))  # dropout's factor: v has fewer numbers than the weights
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     future = torch.full((T, T), float("-inf"), dtype=v.dtype).triu(1)
     rows, end = [], T
-    with torch.autocast("cpu", enabled=False):  # operands have the format wanted already
+    with torch.autocast("cpu", enabled=False):  # q, k and v have the format wanted already
         for queries in reversed(q.split(QUERIES, dim=1)):
             start = end - queries.shape[1]
             scores = torch.baddbmm(future[start:end, :end], queries, k.mT, alpha=D ** -0.5)
@@ -515,7 +515,7 @@ def cuda_graph(function: Callable[[], object]) -> Callable[[], object]:
     Returns a function that repeats it on what the tensors it reads then hold; these must stay alive
     and be filled in place. What it returns or leaves elsewhere, gradients say, are the same tensors
     each time, overwritten. `function` is called twice: once for real, as libraries set themselves
-    up in a first call (its random numbers are drawn again later), and once to be recorded. Where
+    up in a first call (random numbers then start over), and once to be recorded. Where
     recording fails it says so and returns `function` itself.
     """
     stream = torch.cuda.Stream()  # its own: graphs recorded on one stream share a cuBLAS workspace
@@ -831,7 +831,7 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
 
 
 def limit_threads() -> None:
-    """Takes no more threads than this process may use cores, unless OMP_NUM_THREADS says more."""
+    """Takes no more threads than this process may use cores, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 

@@ -8,7 +8,8 @@
 Tokens 0 to 255 are the bytes. Each further token is the most frequent pair of neighbours in the
 text so far, merged into one (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a
 pair, `learn` chooses the pairs, `BasicTokenizer` applies them to any text. tests/textbook_bpe.py
-does the same slowly, in 50 lines: read it first. From "texts larger than memory" on all can wait.
+does the same slowly, in 50 lines: read it first. From "texts larger than memory" on all can wait;
+the last sections, from TEMPERATURE on, are what all scripts share.
 """
 import argparse
 import codecs
@@ -250,7 +251,7 @@ class BasicTokenizer:
         for pair, new, count in tqdm(steps, "merges", total, delay=1, leave=False, disable=None):
             merges[pair], vocab[new] = new, vocab[pair[0]] + vocab[pair[1]]
             size += len(vocab[new]) + 32  # more than a file will take for it
-            if size > MAX_BYTES:  # once no pair occurs twice, each token is longer than the last
+            if size > MAX_BYTES:  # where no pair occurs twice, each token is longer than the last
                 raise ValueError("the tokens become too long: "
                                  f"vocab_size can be {new} at most, not {self.vocab_size}")
             if self.verbose:
@@ -315,7 +316,7 @@ class BasicTokenizer:
         """Joins and cuts pieces of a text, only between two bytes that no token joins."""
         rest = b""
         for piece in pieces:
-            data, start, end = rest + piece, 0, max(BLOCK, len(rest))
+            data, start, end = rest + piece, 0, max(BLOCK, len(rest))  # no cut lies in the rest
             while end < len(data):
                 if data[end - 1:end + 1] in self._joints:
                     end += 1
@@ -413,8 +414,8 @@ def learning_text(path: str | Path) -> bytes:
 def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path) -> Tokens:
     """Returns a text as tokens: in memory or, if it is long, mapped from tokens.bin in `folder`.
 
-    That must be of this tokenizer and this text: of its size, and its time of change or digest.
-    If it is not, it is written first. Raises ValueError as `read_text` does or if a text cannot be
+    It is written first unless it is there, of the same tokenizer and of a text of the same size and
+    the same time of change or digest. Raises ValueError as `read_text` does or if a text cannot be
     cut, OSError if the file cannot be written.
     """
     if not is_long(path):
@@ -494,9 +495,10 @@ def encode_blocks(tokenizer: BasicTokenizer, blocks: Iterable[bytes]) -> Iterato
 def answer() -> None:
     """Encodes blocks from standard input, for `encode_blocks`, after the merges to encode by."""
     source, target = sys.stdin.buffer, sys.stdout.buffer
-    tokenizer, merges, block = BasicTokenizer.__new__(BasicTokenizer), pickle.load(source), b""
+    tokenizer, merges = BasicTokenizer.__new__(BasicTokenizer), pickle.load(source)
     tokenizer._use(merges)
-    while True:  # until there is no block left, or nobody who waits for it: either is an error
+    block = b""  # the answer to the merges
+    while True:  # until an EOFError, as there is no block left, or a BrokenPipeError
         pickle.dump(tokenizer._encode_long(block), target)
         target.flush()
         block = pickle.load(source)
@@ -853,10 +855,10 @@ def read_text(path: str | Path) -> str:
     pattern, remedy = Path(path), "pass a text with --data_path"
     path, *others = matching(str(path))
     if others:
-        raise ValueError(f"{pattern} stands for {len(others) + 1} files: {together(pattern)}")
+        raise ValueError(f"{pattern} stands for {len(others) + 1} files: {join_command(pattern)}")
     if path.is_dir():
         texts = path / ("*.txt" if any(path.glob("*.txt")) else "*")
-        raise ValueError(f"cannot read {path}: Is a directory; {together(texts)}")
+        raise ValueError(f"cannot read {path}: Is a directory; {join_command(texts)}")
     if not path.exists():
         raise ValueError(f"there is no text at {path}: run python data/prepare.py, or {remedy}")
     if not (text := "".join(piece for _, piece in text_pieces(path, 0, WHOLE))):
@@ -904,22 +906,22 @@ def check_bytes(data: bytes, path: str | Path) -> None:
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if marked or zeros > 99 and at_even_places in (0, zeros):
         encoding = "UTF-16" if marked else "UTF-16BE" if at_even_places else "UTF-16LE"
-        raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with {convert(path, encoding)}")
+        raise ValueError(f"{path} is UTF-16, not UTF-8: convert it with {recode(path, encoding)}")
     if b"\r" in data:
         note(f"{path} has CRLF or CR line ends, which are read as \\n")
 
 
-def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int = 1) -> str:
+def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int) -> str:
     """Says why bytes, from `line` on, are not UTF-8, as far as is evident, and what helps."""
     bad = sum(map(len, re.findall("[\udc80-\udcff]+", data.decode("utf-8", "surrogateescape"))))
     good = len(data.translate(None, bytes(range(128)))) - bad  # bytes of characters beyond ASCII
     cut = error.end == len(data) and error.reason == "unexpected end of data"
     encoding = None if good > 4 * bad or good and cut else other_encoding(data)
     if encoding and (bad > 2 or 100 * bad > len(data)):
-        return f"is not UTF-8 but {encoding}, it seems: convert it with {convert(path, encoding)}"
+        return f"is not UTF-8 but {encoding}, it seems: convert it with {recode(path, encoding)}"
     line += len((data[:error.start] + b".").splitlines()) - 1
     place = f"byte 0x{data[error.start]:02x} on line {line}"
-    drop = f"drop what is amiss with {convert(path, 'UTF-8', drop=True)}"
+    drop = f"drop what is amiss with {recode(path, 'UTF-8', drop=True)}"
     if cut:
         return f"is not UTF-8 at its end, in the middle of a character: {drop}"
     if bad == 1 or 100 * bad <= good or 1000 * bad <= len(data):
@@ -938,11 +940,11 @@ def other_encoding(data: bytes) -> str | None:
     return None
 
 
-def convert(path: str | Path, encoding: str, drop: bool = False) -> str:
+def recode(path: str | Path, encoding: str, drop: bool = False) -> str:
     """Returns the command that writes a text anew in UTF-8, without what is amiss if `drop`."""
     if not os.path.exists(path):  # standard input
         return f"iconv -f {encoding} -t UTF-8"
-    new = unused(f"{Path(path).stem}-utf8")
+    new = free_name(f"{Path(path).stem}-utf8")
     if shutil.which("iconv"):
         return (f"iconv {'-c ' * drop}-f {encoding} -t UTF-8 {shlex.quote(str(path))} "
                 f"> {shlex.quote(new)}")
@@ -951,10 +953,10 @@ def convert(path: str | Path, encoding: str, drop: bool = False) -> str:
             f"open({str(path)!r}, encoding={encoding!r}{errors}).read())\"")
 
 
-def together(pattern: Path) -> str:
+def join_command(pattern: Path) -> str:
     """Says how to make one text of all files that a pattern, books/*.txt say, stands for."""
     folder = pattern.parent.resolve()
-    old, new = str(pattern.parent), unused(str(folder.parent / (folder.name or "all")))
+    old, new = str(pattern.parent), free_name(str(folder.parent / (folder.name or "all")))
     command = f"cat {shlex.quote(old)}/{pattern.name} > {shlex.quote(new)}"
     if os.name == "nt":
         texts = f"[p.read_bytes() for p in Path({old!r}).glob({pattern.name!r})]"
@@ -963,7 +965,7 @@ def together(pattern: Path) -> str:
     return f"put its texts into one file with {command}"
 
 
-def unused(stem: str) -> str:
+def free_name(stem: str) -> str:
     """Returns the first of stem.txt, stem-2.txt, stem-3.txt ... that no file has as its name."""
     names = (f"{stem}{f'-{number}' * (number > 1)}.txt" for number in itertools.count(1))
     return next(name for name in names if not os.path.exists(name))

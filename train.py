@@ -9,7 +9,7 @@
 All lands in --out_dir: the tokenizer, model.pt (the weights with the lowest validation loss),
 last.pt (all it takes to resume), metrics.csv (a row for each evaluation) and histograms.npz.
 
-To learn how training works, read `schedule`, then `Trainer.step`, `learn`, `batch`, `loss`,
+To learn how training works, read `schedule`, then `Trainer.run`, `step`, `learn`, `batch`, `loss`,
 `plain_gradients`, `update` and `evaluate`, as if there were one process, no teacher and no scaler.
 The rest makes it better, faster or safe.
 """
@@ -78,12 +78,12 @@ FLAGS = [  # name, default (the published run's), smallest, meaning
 
 TUNED = {"muon_lr": 0.02, "learning_rate": 3e-3, "beta2": 0.95, "weight_decay": 0.4, "min_lr": 0.0,
          "warmup_iters": 50, "lr_decay_iters": None, "init_std": 0.02, "attention_dropout": 0.0,
-         "train_temperature": 0.85, "teacher_temperature": 0.9}  # lr_decay_iters None: max_iters
+         "train_temperature": 0.85, "teacher_temperature": 0.9}  # None becomes max_iters
 PRESETS = {  # what differs from the defaults
     "reference": {},
     "fast": TUNED | {"batch_size": 8, "max_iters": 1200, "eval_interval": 300, "muon_lr": 0.006,
                      "learning_rate": 6e-3, "init_heads": 1, "even_windows": 1, "dropout": 0.05},
-    "best": TUNED | {"max_iters": 2250, "eval_interval": 250, "dropout": 0.2, "bpe_dropout": 0.2},
+    "best": TUNED | {"max_iters": 2250, "eval_interval": 250, "bpe_dropout": 0.2},
 }
 
 
@@ -167,7 +167,7 @@ def orthogonal(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Brings the singular values of each matrix towards 1, none above 1.3: (N, rows, columns).
 
     Each Newton-Schulz step applies a polynomial to them that is steep at 0, in `dtype`. Those of at
-    least a fiftieth of the matrix's norm end between 0.68 and 1.21, smaller ones below.
+    least a fiftieth of the matrix's norm end between 0.68 and 1.21, up to rounding.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -211,7 +211,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, last: dict | None):
         """Starts afresh, or from `last`, the contents of a last.pt. Raises ValueError."""
-        self.args, self.held = args, None
+        self.args, self.lock_file = args, None
         self.find_device()
         self.load_text()
         self.load_teachers()
@@ -247,7 +247,7 @@ class Trainer:
             self.step_model = torch.nn.parallel.DistributedDataParallel(self.model)
         elif on_cpu:
             self.threads, self.gradients = None, self.core_gradients
-        elif self.device.type == "cuda" and self.scaler.is_enabled():  # it looks at the gradients
+        elif self.device.type == "cuda" and self.scaler.is_enabled():  # which makes the CPU wait
             self.gradients = self.recorded(self.plain_gradients)
         elif self.device.type == "cuda":
             self.learn = self.recorded(self.learn)
@@ -561,7 +561,7 @@ class Trainer:
         """Writes last.pt: the checkpoint and all else that resuming bit for bit takes."""
         random = [self.dropout_rng.get_rng_state()]
         if self.world_size > 1:
-            random *= self.world_size
+            random *= self.world_size  # a place for each rank's
             dist.gather_object(self.dropout_rng.get_rng_state(), random if self.master else None,
                                group=self.flags_group)
         if not self.master:
@@ -744,14 +744,14 @@ class Trainer:
     def load_text(self) -> None:
         """Puts the text on the device, as tokens. Writes nothing but a long text's tokens.bin."""
         args, long, shared = self.args, is_long(self.args.data_path), [None]
-        if not long:  # bytes are no fewer than tokens: too short a text is told at once
+        if not long:  # a text too short even in bytes is refused before its tokens are learned
             split(read_text(args.data_path).encode(), args.block_size)
         elif args.bpe_dropout:
             args.bpe_dropout = 0.0
             if self.master:
                 print("training without BPE-dropout: so long a text is not learned by heart")
         if self.master:  # it alone writes: a long text's tokens
-            self.held = lock(args.out_dir) if long else None
+            self.lock_file = lock(args.out_dir) if long else None
             shared[0], tokens = choose_tokenizer(args)
         if self.world_size > 1:
             dist.broadcast_object_list(shared, group=self.flags_group)
@@ -788,7 +788,7 @@ class Trainer:
             return self.data["train"]
         epoch = self.tokens_seen // n
         if self.epoch_tokens[0] != epoch:
-            rng = np.random.default_rng([args.seed, epoch])  # resuming within a pass repeats it
+            rng = np.random.default_rng([args.seed, epoch])  # the same for a run that is resumed
             began = epoch * n // (args.batch_size * args.block_size)
             tokens = self.tokenizer.encode_array(self.train_text,
                                                  args.bpe_dropout * schedule(began, args), rng)
@@ -845,8 +845,8 @@ def init_heads(model: GPT, tokens: torch.Tensor) -> None:
     h looks at the token h + 1 places back; heads 0 and 1 copy what they see there into channels of
     their own. In the second layer, head 0 looks for places that follow the same token as the one
     just read, head 1 for those that follow the same two: there stands what came next that time
-    (induction heads, Olsson et al. 2022). All else that blocks add starts at 0. The factors were
-    found by trial. tokens, of the text: (N,) int64 or int32.
+    (induction heads, Olsson et al. 2022). All other weights by which blocks add something start at
+    0. The factors were found by trial. tokens, of the text: (N,) int64 or int32.
     """
     C, H, D = model.config.n_embd, model.config.n_head, model.config.head_size
     # pairs of a sine and a cosine: in all positions, and in a head
@@ -902,7 +902,7 @@ class CoreThreads:
         self.number = min(cores, parts)
 
         def start():
-            torch.get_num_threads()  # or the first operation would set what another thread set
+            torch.get_num_threads()  # or PyTorch, in its first operation, would set its own number
             torch.set_num_threads(cores // self.number)
 
         self.pool = ThreadPoolExecutor(self.number, initializer=start)
@@ -912,7 +912,7 @@ class CoreThreads:
         """Leaves in the weights the gradient of `scale` times the sum of loss(*part).
 
         Returns that sum over all parts, unscaled, a scalar. Each part has a seed of its own, and
-        they are added up in their order: the number of threads changes nothing.
+        they are added up in their order: up to one core a part, their number changes nothing.
         """
         def compute(part, seed):
             with dropout_from(torch.Generator().manual_seed(seed)):
@@ -1009,15 +1009,15 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[BasicTokenizer, Tokens]:
     If there is none, or it is that of a run on another text, it learns one, and does not write it.
     Raises ValueError if the one there has another size.
     """
-    folder, told = args.out_dir, args.init_from or args.resume
+    folder, fixed = args.out_dir, args.init_from or args.resume
     if args.init_from:
         folder = args.init_from.parent
-    if told or (folder / "merges.pkl").exists():
+    if fixed or (folder / "merges.pkl").exists():
         tokenizer = BasicTokenizer(out_dir=folder)
         texts, needed = digests(folder, "text"), digests(folder, "tokenizer")
         texts = {texts[network] for network in texts if needed[network] == tokenizer.fingerprint}
         tokens = load_tokens(tokenizer, args.data_path, args.out_dir)
-        if told or texts <= {None} or tokens.digest in texts:
+        if fixed or texts <= {None} or tokens.digest in texts:
             if not args.init_from and tokenizer.vocab_size != args.vocab_size:
                 raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, "
                                  f"not {args.vocab_size}: use --vocab_size "
@@ -1036,7 +1036,7 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[BasicTokenizer, Tokens]:
 RUN_FILES = {"model.pt", "last.pt", "last.pt.new", "last.pt.old", "model_int8.pt", "metrics.csv",
              "histograms.npz"}
 PICTURES = {"loss", "relu_training", "relu_outputs", "relu_gradients", "attention", "expected"}
-LAST_ENTRIES = {  # what last.pt holds beside a checkpoint, and its type
+LAST_ENTRIES = {  # what resuming needs, and its type
     "iteration": int, "optimizers": list, "scaler": dict, "batches": torch.Tensor, "random": list,
     "device": str, "args": dict, "text": str, "tokenizer": str, "tokens_seen": int, "best": float,
     "seconds": float, "columns": list, "metrics": torch.Tensor}
@@ -1079,9 +1079,9 @@ def make_room(out_dir: Path, tokenizer: BasicTokenizer) -> None:
     if networks or old and not keep:
         named = {needed[path] for path in networks} - {None}
         if tokenizer.fingerprint in named:
-            old = tokenizer  # perhaps its files were lost, and it was learned once more
+            old = tokenizer  # theirs was lost, perhaps, and is now learned once more
         elif named and keep:
-            old = None  # it took the place of theirs
+            old = None  # another than theirs, so it must not lie beside them
         move_aside(out_dir, networks, old, keep)
     if not keep:
         tokenizer.save(out_dir)
@@ -1249,15 +1249,15 @@ def initial_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     return {name: getattr(model.config, name) for name in sizes}
 
 
-def found_again(record: object, out_dir: Path, then: object) -> str:
-    """Returns where a file of a run is now, if its folder was `then` and is now out_dir.
+def found_again(saved: object, out_dir: Path, saved_out_dir: object) -> str:
+    """Returns where a file of a run is now, whose folder was saved_out_dir and is now out_dir.
 
     That is where it was or, if all was moved, beside out_dir as before, or the default text.
     """
-    path = Path(str(record))
+    path = Path(str(saved))
     places = [path]
     with contextlib.suppress(ValueError):  # another drive, on Windows
-        places.append(out_dir / os.path.relpath(path, str(then)))
+        places.append(out_dir / os.path.relpath(path, str(saved_out_dir)))
     if path.name == DEFAULT_TEXT.name:
         places.append(DEFAULT_TEXT)
     return str(absolute(next((place for place in places if place.exists()), path)))
@@ -1328,7 +1328,7 @@ def main() -> None:
             sys.exit(status)  # it has said why
     trainer = Trainer(args, last)
     if master:
-        trainer.held = trainer.held or lock(args.out_dir)  # only now: refused, it leaves nothing
+        trainer.lock_file = trainer.lock_file or lock(args.out_dir)  # late: refused, none is made
         if args.resume:
             for note in changed_flags(args, last["args"]):
                 print(note)

@@ -241,7 +241,7 @@ def test_what_is_amiss_is_named_and_the_command_shown_makes_it_utf8(
     assert command.startswith("iconv") == iconv
     subprocess.run(command.replace("python", sys.executable, 1), shell=True)
     assert read_text("my text-utf8.txt") == data.decode(encoding, errors="ignore")
-    assert "my text-utf8-2.txt" in tok.convert("my text.txt", encoding)  # overwrites no file
+    assert "my text-utf8-2.txt" in tok.recode("my text.txt", encoding)  # overwrites no file
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
