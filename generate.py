@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 if "OPENBLAS_NUM_THREADS" not in os.environ:
-    # NumPy reads tokens on one core. It is set only while NumPy's BLAS loads: PyTorch's may see it.
+    # NumPy reads tokens on one core. PyTorch, which may obey the setting, too, loads without it.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     import numpy  # noqa: F401
     del os.environ["OPENBLAS_NUM_THREADS"]

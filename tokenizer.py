@@ -316,7 +316,7 @@ class BasicTokenizer:
         """Joins and cuts pieces of a text, only between two bytes that no token joins."""
         rest = b""
         for piece in pieces:
-            data, start, end = rest + piece, 0, max(BLOCK, len(rest))  # no cut lies in the rest
+            data, start, end = rest + piece, 0, max(BLOCK, len(rest))  # no cut in the rest
             while end < len(data):
                 if data[end - 1:end + 1] in self._joints:
                     end += 1

@@ -571,7 +571,7 @@ class Trainer:
             raise ValueError(self.not_finite("a weight"))
         args = {name: str(value) if isinstance(value, Path) else value
                 for name, value in vars(self.args).items()}
-        args["out_dir"] = str(absolute(args["out_dir"]))  # the files' places are seen from there
+        args["out_dir"] = str(self.args.out_dir.resolve())  # the files' places are seen from there
         rows = torch.tensor([[*row.values()] for row in self.metrics], dtype=torch.float64)
         save_last(self.args.out_dir, self.checkpoint() | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -1158,17 +1158,13 @@ LESS_THAN = {"dropout": 1, "attention_dropout": 1, "bpe_dropout": 1, "beta1": 1,
              "init_heads": 2, "even_windows": 2, "vocab_size": MAX_VOCAB + 1, "n_layer": 1001}
 
 
-def absolute(path: str | Path) -> Path:
-    """Makes a path absolute, as --resume may be called from another folder."""
-    return Path(path).resolve()
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Declares the flags: those of FLAGS, and those that are not numbers."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group("files")
-    files.add_argument("--data_path", type=absolute, default=DEFAULT_TEXT,
+    # paths become absolute, as --resume may be called from another folder
+    files.add_argument("--data_path", type=lambda path: Path(path).resolve(), default=DEFAULT_TEXT,
                        help="any UTF-8 text (default: data/input.txt, Tiny Shakespeare)")
     files.add_argument("--out_dir", type=Path, default=CHECKPOINTS,
                        help="folder for all a run makes (default: checkpoints/)")
@@ -1177,10 +1173,10 @@ def make_parser() -> argparse.ArgumentParser:
                        "(reference), of one that has a lower loss in minutes (fast), or "
                        "of a longer one that gets farther, above all with a --teacher (best) "
                        "(default: reference)")
-    files.add_argument("--teacher", type=lambda path: str(absolute(path)), nargs="+", default=[],
-                       metavar="MODEL.PT", help="networks trained with the same tokenizer, whose "
+    files.add_argument("--teacher", type=lambda path: str(Path(path).resolve()), nargs="+",
+                       default=[], metavar="MODEL.PT", help="networks with the same tokenizer, whose "
                        "expectations this one learns, too (default: it learns from the text alone)")
-    files.add_argument("--init_from", type=lambda path: absolute(one_file(path)),
+    files.add_argument("--init_from", type=lambda path: one_file(path).resolve(),
                        metavar="MODEL.PT", help="network whose weights, and the tokenizer beside "
                        "it, a new run starts from, on any text (default: random weights)")
     files.add_argument("--resume", action="store_true",
@@ -1260,7 +1256,7 @@ def found_again(saved: object, out_dir: Path, saved_out_dir: object) -> str:
         places.append(out_dir / os.path.relpath(path, str(saved_out_dir)))
     if path.name == DEFAULT_TEXT.name:
         places.append(DEFAULT_TEXT)
-    return str(absolute(next((place for place in places if place.exists()), path)))
+    return str(next((place for place in places if place.exists()), path).resolve())
 
 
 def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None, last: dict,
@@ -1353,11 +1349,15 @@ def farewell(trainer: Trainer) -> str:
     args, script = trainer.args, Path(sys.argv[0])
     folder = [] if args.out_dir == CHECKPOINTS else ["--out_dir", args.out_dir.as_posix()]
     if trainer.stop.requested:
-        start = ["python"]
+        start, others = ["python"], ""
         if trainer.world_size > 1:
-            start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+            processes = os.environ["LOCAL_WORLD_SIZE"]
+            start = ["torchrun", "--nproc_per_node", processes]
+            if trainer.world_size > int(processes):
+                others = " on each machine, with its --nnodes and --rdzv flags"
         command = shlex.join([*start, sys.argv[0], "--resume", *folder])
-        return f"stopped and saved at iteration {trainer.iteration}; go on with: {command}"
+        return (f"stopped and saved at iteration {trainer.iteration}; go on with: "
+                f"{command}{others}")
     model, best = load_model(args.out_dir / "model.pt")
     start = torch.tensor([trainer.tokenizer.encode_array("\n").tolist()])
     ids = model.generate(start, 200, TEMPERATURE, seed=args.seed)[0].tolist()

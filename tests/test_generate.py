@@ -44,6 +44,9 @@ def test_samples_depend_on_the_seed_alone_and_not_even_on_that_without_chance(sa
     assert samples(1, 5) == six[:1] and samples(3, 5) == six[:3]
     assert len({*six, *samples(3, 6)}) == 9
     assert len({*samples(3, 5, 0), *samples(3, 6, 0)}) == 1
+    for likeliest in ("--temperature", 0), ("--top_k", 1), ("--top_p", 1e-9):
+        flags = "--prompt", prompt, *likeliest
+        assert sample(*flags)[0] == sample(*flags, "--seed", 2)[0]
 
 
 @pytest.mark.parametrize("prompt", [
@@ -123,6 +126,9 @@ def test_each_token_is_shown_at_once_but_no_half_character():
     assert write_stream(tokens, one_byte_each, list("b\u00e9".encode()[:-1]), terminal) == 3
     assert shown == ["b\u00e9", "b\u00e9a", "b\u00e9a"]
     assert terminal.getvalue().decode() == "b\u00e9a\ufffd\n"
+    tokens, terminal = (torch.tensor([token]) for token in b"romeo"), Terminal()
+    write_stream(tokens, one_byte_each, list(b"I, rom"), terminal, known=3)  # "rom" comes again
+    assert terminal.getvalue() == b"I, romeo\n"
 
 
 def test_the_output_is_valid_utf8_at_every_flush(finished_run):
