@@ -1174,8 +1174,8 @@ def make_parser() -> argparse.ArgumentParser:
                        "of a longer one that gets farther, above all with a --teacher (best) "
                        "(default: reference)")
     files.add_argument("--teacher", type=lambda path: str(Path(path).resolve()), nargs="+",
-                       default=[], metavar="MODEL.PT", help="networks with the same tokenizer, whose "
-                       "expectations this one learns, too (default: it learns from the text alone)")
+                       default=[], metavar="MODEL.PT", help="networks of the same tokenizer, "
+                       "whose expectations this one learns, too (default: from the text alone)")
     files.add_argument("--init_from", type=lambda path: one_file(path).resolve(),
                        metavar="MODEL.PT", help="network whose weights, and the tokenizer beside "
                        "it, a new run starts from, on any text (default: random weights)")
