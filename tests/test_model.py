@@ -180,6 +180,19 @@ def test_logits_with_the_cache_equal_logits_without(small, batch_size, sharpness
     check_decoding(small, batch_size)
 
 
+@pytest.mark.parametrize("rows, threads", [(3, 1), (17, 2)])
+def test_a_step_of_few_rows_takes_one_thread_and_gives_the_others_back(small, rows, threads):
+    seen, idx, before = [], random_ids(rows, 1), torch.get_num_threads()
+    decoder = Decoder(small, rows)
+    decoder.prefill(idx)
+    decoder.read = lambda *args: seen.append(torch.get_num_threads())
+    torch.set_num_threads(2)
+    decoder.step(idx[:, 0])
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert (seen, after) == ([threads], 2)
+
+
 def test_a_step_of_fixed_shapes_as_a_cuda_graph_has_it_gives_the_same_logits(small):
     def step(decoder, token, t):
         decoder.caches[..., t:, :] = 0
