@@ -650,9 +650,8 @@ def load_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             # torch.load looks at no checksum and would unpack a zip bomb.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError(damaged)
-            if archive.testzip():
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if packed or archive.testzip():
                 raise ValueError(damaged)
             for entry in entries:
                 if entry.filename.lower().endswith(".pkl"):
@@ -662,12 +661,10 @@ def load_checkpoint(path: Path) -> dict:
         if isinstance(error, OSError) and error.filename:  # the file cannot be read at all
             raise
         raise ValueError(damaged) from error
-    if not isinstance(checkpoint, dict):
+    dicts = isinstance(checkpoint, dict) and (checkpoint.get("config"), checkpoint.get("model"))
+    if not dicts or not all(isinstance(entry, dict) for entry in dicts):
         raise ValueError(damaged)
-    config = checkpoint.get("config")
-    if not isinstance(config, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(damaged)
-    if not {type(value) for value in config.values()} <= {int, float}:
+    if not {type(value) for value in checkpoint["config"].values()} <= {int, float}:
         raise ValueError(damaged)
     return checkpoint
 

@@ -150,8 +150,7 @@ def main() -> None:
     print(compare(before, after, (path, out), val, tokens_per_char, start))
     for name, model in ("float32", before), ("int8", after):
         ids = model.generate(start, 150, TEMPERATURE, seed=1337)[0].tolist()
-        text = tokenizer.decode(ids)
-        print(f"\n--- {name}, seed 1337 ---\n{text}")
+        print(f"\n--- {name}, seed 1337 ---\n{tokenizer.decode(ids)}")
     script = Path(sys.argv[0]).with_name("generate.py").as_posix()
     command = ["python", script, "--checkpoint", out.as_posix()]
     if not out.parent.samefile(out_dir):
