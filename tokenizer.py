@@ -8,8 +8,7 @@
 Tokens 0 to 255 are the bytes. Each further token is the most frequent pair of neighbours in the
 text so far, merged into one (Gage 1994; Sennrich et al. 2016). `TokenSequence` finds and merges a
 pair, `learn` chooses the pairs, `BasicTokenizer` applies them to any text. tests/textbook_bpe.py
-does the same slowly, in 50 lines: read it first. From "texts larger than memory" on all can wait;
-the last sections, from TEMPERATURE on, are what all scripts share.
+does the same slowly, in 50 lines: read it first. From "texts larger than memory" on all can wait.
 """
 import argparse
 import codecs
@@ -31,7 +30,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from heapq import heappop, heappush, heapreplace
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -58,16 +57,15 @@ class TokenSequence:
     """A text as a sequence of tokens, laid over its bytes so that a merge moves nothing.
 
     `head[i]` is the token that starts at byte i, or `hole` (a dot below) if none does; `tail[i]` is
-    the token that ends there. If none does, `tail[i]` is out of date (in brackets) and never read:
-    `tail` is read only right before the start of a token.
+    the token that ends there, or out of date (in brackets): it is read only right before a token.
 
         text         a    b    c    a    b
         head, tail   97   98   99   97   98
         head         256  .    99   256  .         after merging (97, 98) into 256
         tail         (97) 256  99   (97) 256
 
-    `where[token]` holds the places at which a token started when last looked up. A token only ever
-    loses places, so no others need be searched; `find` searches those of the rarer of two tokens.
+    `where[token]` holds the places at which a token started when last looked up. It only ever loses
+    some, so no others need be searched; `find` searches those of the rarer of two tokens.
     """
 
     def __init__(self, data: bytes, vocab_size: int):
@@ -124,7 +122,7 @@ class TokenSequence:
         return self.tail.take(places - 1, mode="wrap"), self.head.take(places + self.size[new])
 
     def ids(self) -> np.ndarray:
-        """Returns the tokens in order, uint16 (uint32 for a vocabulary of more than 65,535)."""
+        """Returns the tokens in order."""
         return self.head.compress(self.head != self.hole)
 
 
@@ -156,11 +154,11 @@ def learn(tokens: TokenSequence, vocab_size: int) -> Iterator[tuple[Pair, int, i
     Overlapping occurrences all count, and a tie goes to the pair that occurs first. Yields (pair,
     new token, count) of each merge. Raises ValueError if the text runs out of pairs.
 
-    The textbook counts all pairs anew for each merge. Here a pair is counted once, when its younger
-    token is made, into a heap of (-count, first place, pair). From then on its count only falls and
-    its first place only moves on, so the heap never holds less than the truth: if the pair on top
-    stays there when it is counted once more, it is the best. `at_most[pair]` is an upper bound of
-    each count, which a merge lowers without a look at the text, so that few have to be counted.
+    The textbook counts all pairs anew for each merge. Here a pair is counted when its younger token
+    is made, into a heap of (-count, first place, pair). From then on its count only falls and its
+    first place only moves on, so the heap never holds less than the truth: if the pair on top stays
+    there when it is counted once more, it is the best. Each merge lowers `at_most[pair]`, an upper
+    bound of the count, without a look at the text, so that few pairs have to be counted.
     """
     at_most = count_pairs(tokens.head[:-1])
     heap = sorted((-count, 0, pair) for pair, count in at_most.items())  # a sorted list is a heap
@@ -170,37 +168,35 @@ def learn(tokens: TokenSequence, vocab_size: int) -> Iterator[tuple[Pair, int, i
             raise ValueError("the text has no pair left to merge: "
                              f"vocab_size can be {new} at most, not {vocab_size}")
         yield pair, new, len(places)
+        (left, right), first = pair, int(places[0])
         before, after = tokens.merge(pair, places, new)
         # [:new] leaves out the hole, and `new` itself, as the second loop counts (new, new)
-        for token, count in tally(np.bincount(before, minlength=new)[:new]):
-            at_most[token, pair[0]] -= count
+        for token, count in tally(np.bincount(before)[:new]):
+            at_most[token, left] -= count
             at_most[token, new] = count
-            heappush(heap, (-count, int(places[0]) - tokens.size[token], (token, new)))
-        for token, count in tally(np.bincount(after, minlength=new)[:new + 1]):
+            heappush(heap, (-count, first - tokens.size[token], (token, new)))
+        for token, count in tally(np.bincount(after)[:new + 1]):
             if token != new:
-                at_most[pair[1], token] -= count
+                at_most[right, token] -= count
             at_most[new, token] = count
-            heappush(heap, (-count, int(places[0]), (new, token)))
+            heappush(heap, (-count, first, (new, token)))
 
 
 def pop_best(heap: list[tuple[int, int, Pair]], at_most: dict[Pair, int],
              tokens: TokenSequence) -> tuple[Pair | None, np.ndarray | None]:
     """Takes the best pair off the heap of `learn`, with its places; (None, None) at the end."""
     while heap:
-        count, first, pair = heap[0]
+        count, first, pair = heappop(heap)
         if at_most[pair] < -count:
-            heapreplace(heap, (-at_most[pair], first, pair))
+            heappush(heap, (-at_most[pair], first, pair))
             continue
         places = tokens.find(pair)
-        if not len(places):
-            heappop(heap)
-            continue
         at_most[pair] = len(places)
-        entry = (-len(places), int(places[0]), pair)
-        heapreplace(heap, entry)
-        if heap[0] is entry:
-            heappop(heap)
-            return pair, places
+        if len(places):
+            entry = (-len(places), int(places[0]), pair)
+            if not heap or entry < heap[0]:
+                return pair, places
+            heappush(heap, entry)
     return None, None
 
 
@@ -210,9 +206,9 @@ SHORT = 8192  # bytes up to which replacing in a string is faster than an index 
 
 
 class BasicTokenizer:
-    """Byte-level BPE without special tokens: ids 0 to 255 are bytes, the others merges, in order.
+    """Byte-level BPE without special tokens.
 
-        tokenizer = BasicTokenizer(data_path="data/input.txt", vocab_size=500, verbose=True)
+        tokenizer = BasicTokenizer("data/input.txt", vocab_size=500)
         tokenizer = BasicTokenizer()
         tokenizer.decode(tokenizer.encode("Hi")) == "Hi"
 
@@ -222,15 +218,14 @@ class BasicTokenizer:
     network in `out_dir` needs the tokenizer that is there, OSError if it cannot write.
 
     `merges` is {(int, int): int} in the order learned, `vocab` is {int: bytes}, and `fingerprint`
-    is the SHA-256 of the merges in hexadecimal: tokenizers are the same if and only if theirs is.
+    is the SHA-256 of the merges: tokenizers are the same if and only if theirs is.
     """
 
     def __init__(self, data_path: str | Path | None = None, vocab_size: int = 500,
                  verbose: bool = False, out_dir: str | Path | None = CHECKPOINTS):
-        self.data_path, self.verbose = data_path, verbose
-        self.out_dir = out_dir if out_dir is None else Path(out_dir)
-        if data_path is None:
-            self._use(read_merges(self.out_dir))
+        self.data_path, self.verbose, self.out_dir = data_path, verbose, out_dir
+        if data_path is None and out_dir is not None:
+            self._use(read_merges(Path(out_dir)))
         else:
             self.vocab_size = vocab_size
             self.train()
@@ -239,15 +234,14 @@ class BasicTokenizer:
         """Learns from the text, writes the files, prints bytes per token (if verbose, merges)."""
         self.data_path = data_path or self.data_path
         if self.data_path is None:
-            raise ValueError("this tokenizer was loaded, not made from a text: "
-                             "give train() a data_path")
+            raise ValueError("there is no text to learn from: give a data_path")
         if not 256 <= self.vocab_size <= MAX_VOCAB:
             raise ValueError(f"vocab_size must be from 256 (the bytes) to {MAX_VOCAB}, "
                              f"not {self.vocab_size}")
-        data = learning_text(self.data_path)
+        data, total = learning_text(self.data_path), self.vocab_size - 256
         tokens = TokenSequence(data, self.vocab_size)
+        steps = learn(tokens, self.vocab_size)
         merges, vocab, size = {}, spell({}), 0
-        total, steps = self.vocab_size - 256, learn(tokens, self.vocab_size)
         for pair, new, count in tqdm(steps, "merges", total, delay=1, leave=False, disable=None):
             merges[pair], vocab[new] = new, vocab[pair[0]] + vocab[pair[1]]
             size += len(vocab[new]) + 32  # more than a file will take for it
@@ -258,12 +252,12 @@ class BasicTokenizer:
                 tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) "
                            f"had {count} occurrences")
         if self.out_dir is not None:
-            save_merges(self.out_dir, merges)
+            save_merges(Path(self.out_dir), merges)
         self._use(merges)
         print(compression_ratio(data, tokens.ids()))
 
     def save(self, out_dir: str | Path) -> None:
-        """Writes merges.pkl and vocab.pkl. Raises ValueError if a network there needs others."""
+        """Writes the files. Raises ValueError if a network there needs others."""
         save_merges(Path(out_dir), self.merges)
 
     def _use(self, merges):
@@ -274,7 +268,7 @@ class BasicTokenizer:
         self._joints = {self.vocab[a][-1:] + self.vocab[b][:1] for a, b in merges}
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Returns the token ids of a text, and prints the compression ratio, bytes per token."""
+        """Returns the token ids of a text, and prints the compression ratio."""
         data = to_bytes(text)
         ids = self.encode_array(data).tolist()
         print(compression_ratio(data, ids))
@@ -284,18 +278,18 @@ class BasicTokenizer:
                      rng: np.random.Generator | None = None) -> np.ndarray:
         """Returns the token ids, (tokens,) uint16, or uint32 for a vocabulary of more than 65,535.
 
-        With `dropout` each single merge is left out with that probability, drawn from `rng`, so
-        that a text is spelled in other tokens each time (BPE-dropout, Provilkov et al. 2020, where
-        a merge left out is drawn again after each later merge; here it is drawn once).
+        With `dropout` each single merge is left out with that probability, so that a text is
+        spelled anew each time (BPE-dropout, Provilkov et al. 2020; they draw for a place again
+        after each later merge, we draw once).
         """
         data = to_bytes(text)
-        if len(data) <= SHORT and not (data and dropout):
+        if len(data) <= SHORT and not dropout:
             return self._encode_short(data)
-        blocks = [self._encode_long(block, dropout, rng) for block in self._blocks([data])]
-        return np.concatenate(blocks)
+        return np.concatenate([self._encode_long(block, dropout, rng)
+                               for block in self._blocks([data])])
 
     def _encode_short(self, data):
-        """Applies each merge in order, as a replacement in a string: a character for each token."""
+        """Applies each merge in order to a string in which each token is a character."""
         string = data.decode("latin-1")  # the byte 97 is the character 97
         for pair, new in self._as_strings:
             if pair in string:
@@ -327,8 +321,7 @@ class BasicTokenizer:
             if len(rest) > max(UNCUT, len(piece)):
                 raise ValueError(f"the text cannot be cut anywhere in {UNCUT / 1e6:.0f} MB, as a "
                                  "token may join any two of its bytes: use one with lines")
-        if rest:
-            yield rest
+        yield rest
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -352,21 +345,21 @@ class BasicTokenizer:
                              f"the ids are 0 to {self.vocab_size - 1}") from None
 
     def count_characters(self, ids: np.ndarray) -> int:
-        """Counts the characters that token ids spell: bytes, but for those that continue one."""
-        characters = [sum(byte & 0xC0 != 0x80 for byte in self.vocab[token])
-                      for token in range(self.vocab_size)]
+        """Counts the characters of token ids: the bytes, but for those that continue one."""
+        characters = [sum(byte & 0xC0 != 0x80 for byte in spelled)
+                      for spelled in self.vocab.values()]
         blocks = (ids[start:start + BLOCK] for start in range(0, len(ids), BLOCK))
         return sum(int(np.bincount(block, minlength=self.vocab_size) @ characters)
                    for block in blocks)
 
 
 def compression_ratio(data: bytes, ids: list[int] | np.ndarray) -> str:
-    """Returns a line that says how many bytes there are for each token."""
+    """Returns a line with the bytes per token."""
     return f"compression ratio: {len(data) / max(len(ids), 1):.2f}X"
 
 
 def to_bytes(text: str | bytes) -> bytes:
-    """Returns the UTF-8 of a str, bytes as they are, and a command line's bytes as given."""
+    """Returns bytes as they are, and a str in UTF-8: a command line's bytes are those given."""
     if isinstance(text, bytes):
         return text
     try:
@@ -376,8 +369,8 @@ def to_bytes(text: str | bytes) -> bytes:
 
 
 # ---- texts larger than memory ----
-# Of a long text, pieces are learned from. It is encoded from disk to disk, by several processes,
-# into a file that is then mapped into memory: only what is looked at is read.
+# Only pieces of a long text are learned from. Several processes encode it into a file. This is
+# mapped into memory, so that only what is looked at is read.
 
 LONG = 1 << 25   # bytes of a text above which it is long
 PIECE = 1 << 16  # bytes of the pieces learned from, which are LONG bytes in all
@@ -395,12 +388,12 @@ class Tokens(NamedTuple):
 
 
 def is_long(path: str | Path) -> bool:
-    """Returns whether a text is not to be held in memory."""
+    """Returns whether a text is too long for memory."""
     return os.path.isfile(path) and os.path.getsize(path) > LONG
 
 
 def learning_text(path: str | Path) -> bytes:
-    """Returns a text or, of a long one, pieces spread evenly over it: whole lines if it has any."""
+    """Returns a text or, if it is long, pieces spread over it: whole lines if it has any."""
     if not is_long(path):
         return read_text(path).encode()
     size, pieces = os.path.getsize(path), []
@@ -414,9 +407,9 @@ def learning_text(path: str | Path) -> bytes:
 def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path) -> Tokens:
     """Returns a text as tokens: in memory or, if it is long, mapped from tokens.bin in `folder`.
 
-    It is written first unless it is there, of the same tokenizer and of a text of the same size and
-    the same time of change or digest. Raises ValueError as `read_text` does or if a text cannot be
-    cut, OSError if the file cannot be written.
+    That file is written unless there is one of the same tokenizer and of a text of the same size
+    and the same time of change or digest. Raises ValueError as `read_text` does or if a text cannot
+    be cut, OSError if the file cannot be written.
     """
     if not is_long(path):
         text = read_text(path)
@@ -432,15 +425,15 @@ def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path)
                 of_text.update(data)
             same = facts["text"] == of_text.hexdigest()
         if same:
-            dtype, shape = np.min_scalar_type(tokenizer.vocab_size), (facts["tokens"],)
-            return Tokens(np.memmap(file, dtype, "r", HEADER, shape), facts["ids"], facts["size"],
-                          facts["characters"])
+            dtype = np.min_scalar_type(tokenizer.vocab_size)
+            ids = np.memmap(file, dtype, "r", HEADER, facts["tokens"])
+            return Tokens(ids, facts["ids"], facts["size"], facts["characters"])
     encode_file(tokenizer, path, file)
     return load_tokens(tokenizer, path, folder)
 
 
 def encode_file(tokenizer: BasicTokenizer, path: str | Path, file: Path) -> None:
-    """Encodes a long text from disk to disk, for `load_tokens`, and raises what that raises."""
+    """Writes tokens.bin for `load_tokens`, and raises what that raises."""
     text, of_text, of_ids, characters = os.stat(path), hashlib.sha256(), hashlib.sha256(), 0
 
     def pieces():
@@ -468,7 +461,7 @@ def encode_file(tokenizer: BasicTokenizer, path: str | Path, file: Path) -> None
 
 
 def encode_blocks(tokenizer: BasicTokenizer, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
-    """Encodes blocks in turn in as many processes as there are cores; yields their ids in order.
+    """Yields the ids of blocks in order, which as many processes as there are cores encode.
 
     Each runs `answer`: a process of multiprocessing would load PyTorch with the script that runs.
     """
@@ -479,29 +472,31 @@ def encode_blocks(tokenizer: BasicTokenizer, blocks: Iterable[bytes]) -> Iterato
             processes = [stack.enter_context(subprocess.Popen(
                 [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, start_new_session=True)) for _ in range(cores)]
-            turns = itertools.cycle(processes)
-            for number, message in enumerate(itertools.chain([tokenizer.merges] * cores, blocks)):
-                process = next(turns)
-                done = [pickle.load(process.stdout)] if number >= cores else []
-                pickle.dump(message, process.stdin)
+            for process in processes:
+                pickle.dump(tokenizer.merges, process.stdin)
                 process.stdin.flush()
-                yield from done
-            yield from (pickle.load(process.stdout) for process in itertools.islice(turns, cores))
+            turns = itertools.cycle(processes)
+            for block, process in zip(blocks, turns):
+                ids = pickle.load(process.stdout)  # of its last block; after the merges, none
+                pickle.dump(block, process.stdin)
+                process.stdin.flush()
+                yield ids
+            for process in itertools.islice(turns, cores):
+                yield pickle.load(process.stdout)
     except (EOFError, BrokenPipeError) as error:
         raise ValueError("a process that encoded the text was ended, for lack of memory perhaps"
                          ) from error
 
 
 def answer() -> None:
-    """Encodes blocks from standard input, for `encode_blocks`, after the merges to encode by."""
-    source, target = sys.stdin.buffer, sys.stdout.buffer
-    tokenizer, merges = BasicTokenizer.__new__(BasicTokenizer), pickle.load(source)
-    tokenizer._use(merges)
+    """Reads merges, then blocks to encode by them, from standard input, for `encode_blocks`."""
+    tokenizer = BasicTokenizer.__new__(BasicTokenizer)
+    tokenizer._use(pickle.load(sys.stdin.buffer))
     block = b""  # the answer to the merges
     while True:  # until an EOFError, as there is no block left, or a BrokenPipeError
-        pickle.dump(tokenizer._encode_long(block), target)
-        target.flush()
-        block = pickle.load(source)
+        pickle.dump(tokenizer._encode_long(block), sys.stdout.buffer)
+        sys.stdout.flush()
+        block = pickle.load(sys.stdin.buffer)
 
 
 # ---- files ----
@@ -514,7 +509,7 @@ PICKLE_STRUCTURE = {"PROTO", "FRAME", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "
 
 
 def fingerprint(merges: Merges) -> str:
-    """Returns the SHA-256, in hexadecimal, of the pairs in their order."""
+    """Returns the SHA-256 of the pairs in their order, in hexadecimal."""
     lines = "".join(f"{left} {right}\n" for left, right in merges)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -522,7 +517,7 @@ def fingerprint(merges: Merges) -> str:
 def digests(folder: Path, name: str) -> dict[Path, str | None]:
     """Returns the SHA-256 of its "tokenizer" or "text" that each network's file in a folder holds.
 
-    It looks for the bytes, as reading such a file takes PyTorch; None where there are none.
+    The bytes are searched for it, as loading takes PyTorch; None where there is none.
     """
     found = {}
     for path in sorted(folder.glob("[!.]*.pt*")):  # model.pt, last.pt, last.pt.old, model_int8.pt
@@ -534,9 +529,9 @@ def digests(folder: Path, name: str) -> dict[Path, str | None]:
 
 
 def save_merges(folder: Path, merges: Merges) -> None:
-    """Writes merges.pkl and, for other programs and eyes, vocab.pkl, what they spell.
+    """Writes merges.pkl and, for other programs and eyes, vocab.pkl.
 
-    Raises ValueError if a network there was trained with another tokenizer, and would lose it.
+    Raises ValueError if a network there needs another tokenizer.
     """
     for network, needed in digests(folder, "tokenizer").items():
         if needed not in (None, fingerprint(merges)):
@@ -558,13 +553,17 @@ def spell(merges: Merges) -> Vocab:
 def read_merges(folder: Path) -> Merges:
     """Reads merges.pkl, and runs no code that it may hold, as `pickle.load` would.
 
-    In the file merges are a row of numbers, left, right, new, left, right, new ..., and this reads
-    nothing but that. Each must make the next id, from 256 on, of two earlier ones. Raises
-    ValueError if the file is missing, too large or damaged.
+    It reads nothing but numbers, left, right, new, left, right, new ... Each merge must make the
+    next id, from 256 on, of two earlier ones. Raises ValueError if the file is missing, too large
+    or damaged.
     """
     path, numbers, merges, sizes, total = folder / MERGES_FILE, [], {}, [1] * 256, 256
     if not path.exists():
-        raise ValueError(f"there is no tokenizer in {folder}: {remedy(folder)}")
+        remedy = "run python tokenizer.py train"
+        if any(folder.glob("*.pt")):  # a network needs the tokenizer of its own run
+            remedy = ("copy merges.pkl and vocab.pkl there from the folder of the network's run, "
+                      "or name that with --out_dir")
+        raise ValueError(f"there is no tokenizer in {folder}: {remedy}")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES} bytes")
@@ -586,28 +585,18 @@ def read_merges(folder: Path) -> Merges:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no tokenizer file ({error!s:.120}): {remedy(folder)}"
-                         ) from error
+        raise ValueError(f"{path} is no tokenizer file ({error!s:.120}): make it anew with python "
+                         f"tokenizer.py train --data_path TEXT --out_dir {folder}") from error
     return merges
 
 
-def remedy(folder: Path) -> str:
-    """Says how to come by a tokenizer: a network in the folder needs that of its own run."""
-    if any(folder.glob("*.pt")):
-        return ("copy merges.pkl and vocab.pkl there from the folder of the network's run, "
-                "or name that with --out_dir")
-    return "run python tokenizer.py train"
-
-
-# ---- commands ----
+# ---- commands, described in `parse_args` ----
 
 def train_command(args: argparse.Namespace) -> None:
-    """Learns a tokenizer and writes it."""
     BasicTokenizer(args.data_path, args.vocab_size, args.verbose, args.out_dir)
 
 
 def encode_command(args: argparse.Namespace) -> None:
-    """Prints token ids, and on standard error the compression ratio."""
     data = given_text(args)
     ids = BasicTokenizer(out_dir=args.out_dir).encode_array(data)
     print(*ids.tolist())
@@ -615,9 +604,8 @@ def encode_command(args: argparse.Namespace) -> None:
 
 
 def decode_command(args: argparse.Namespace) -> None:
-    """Prints the bytes that token ids spell, with or without the brackets and commas of a list."""
-    text = " ".join(args.ids) if args.ids else sys.stdin.read()
-    ids = text.translate(str.maketrans("[,]", "   ")).split()
+    text = " ".join(args.ids) if args.ids else sys.stdin.read()  # may be a list with its brackets
+    ids = re.sub(r"[\[,\]]", " ", text).split()
     for token in ids:
         if not token.isdecimal():
             raise ValueError(f"{token!r} is not a token id")
@@ -625,19 +613,18 @@ def decode_command(args: argparse.Namespace) -> None:
 
 
 def show_command(args: argparse.Namespace) -> None:
-    """Prints each token with its id: shaded on a terminal, in brackets elsewhere."""
     tokenizer, data = BasicTokenizer(out_dir=args.out_dir), given_text(args)
-    shade = "\x1b[30;{}m{}\x1b[0m\x1b[2m{}\x1b[0m" if sys.stdout.isatty() else None
+    shaded = "\x1b[30;{0}m{1}\x1b[0m\x1b[2m{2}\x1b[0m"
+    form = shaded if sys.stdout.isatty() else "[{2} {1}]"
     for index, token in enumerate(tokenizer.encode_array(data).tolist()):
-        text = visible(tokenizer.vocab[token])
-        piece = shade.format(46 + index % 2, text, token) if shade else f"[{token} {text}]"
-        print(piece, end="\n" if tokenizer.vocab[token].endswith(b"\n") else "")
+        spelled = tokenizer.vocab[token]
+        print(form.format(46 + index % 2, visible(spelled), token),
+              end="\n" * spelled.endswith(b"\n"))
     if not data.endswith(b"\n"):
         print()
 
 
 def vocab_command(args: argparse.Namespace) -> None:
-    """Prints the learned tokens: id, pair it was made of, how often the text uses it, spelling."""
     tokenizer = BasicTokenizer(out_dir=args.out_dir)
     ids = tokenizer.encode_array(read_text(args.data_path))
     counts = np.bincount(ids, minlength=tokenizer.vocab_size)
@@ -647,7 +634,7 @@ def vocab_command(args: argparse.Namespace) -> None:
 
 
 def given_text(args: argparse.Namespace) -> bytes:
-    """Returns the text on the command line or, without one, standard input."""
+    """Returns the text given, or standard input."""
     if args.text is None:
         return sys.stdin.buffer.read()
     note_file(args.text, "put < before it to give what the file holds")
@@ -658,32 +645,31 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Byte-pair encoding: learn tokens from a text, use them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function, summary, with_text=False, with_data=False):
+    for function, summary in (
+            (train_command, "learn tokens from a text, and write merges.pkl and vocab.pkl"),
+            (encode_command, "print the token ids of a text"),
+            (decode_command, "print the text of token ids"),
+            (show_command, "print a text cut into its tokens, with their ids"),
+            (vocab_command, "list the learned tokens with their counts in a text")):
         name = function.__name__.removesuffix("_command")
-        sub = commands.add_parser(name, help=summary, description=summary)
-        sub.set_defaults(function=function)
-        folder, others = (CHECKPOINTS, "") if function is train_command else (
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(function=function)
+        add = command.add_argument
+        folder, others = (CHECKPOINTS, "") if name == "train" else (
             default_run(MERGES_FILE), ", or the pretrained network's if it holds none")
-        sub.add_argument("--out_dir", type=Path, default=folder, metavar="FOLDER",
-                         help=f"folder of merges.pkl and vocab.pkl (default: checkpoints/{others})")
-        if with_text:
-            sub.add_argument("text", nargs="?", help="text (default: standard input)")
-        if with_data:
-            sub.add_argument("--data_path", type=Path, default=DEFAULT_TEXT, metavar="FILE",
-                             help="UTF-8 text to read (default: data/input.txt beside this script)")
-        return sub
-
-    sub = command(train_command, "learn tokens from a text, and write merges.pkl and vocab.pkl",
-                  with_data=True)
-    sub.add_argument("--vocab_size", type=bounded(int, 256, MAX_VOCAB + 1), default=500,
-                     metavar="N", help="number of tokens, the 256 bytes included (default: 500)")
-    sub.add_argument("--verbose", action="store_true", help="print every merge")
-    command(encode_command, "print the token ids of a text", with_text=True)
-    sub = command(decode_command, "print the text of token ids")
-    sub.add_argument("ids", nargs="*", metavar="ID", help="token ids (default: standard input)")
-    command(show_command, "print a text cut into its tokens, with their ids", with_text=True)
-    command(vocab_command, "list the learned tokens with their counts in a text", with_data=True)
+        add("--out_dir", type=Path, default=folder, metavar="FOLDER",
+            help=f"folder of merges.pkl and vocab.pkl (default: checkpoints/{others})")
+        if name in ("encode", "show"):
+            add("text", nargs="?", help="text (default: standard input)")
+        if name == "decode":
+            add("ids", nargs="*", metavar="ID", help="token ids (default: standard input)")
+        if name in ("train", "vocab"):
+            add("--data_path", type=Path, default=DEFAULT_TEXT, metavar="FILE",
+                help="UTF-8 text to read (default: data/input.txt beside this script)")
+        if name == "train":
+            add("--vocab_size", type=bounded(int, 256, MAX_VOCAB + 1), default=500, metavar="N",
+                help="number of tokens, the 256 bytes included (default: 500)")
+            add("--verbose", action="store_true", help="print every merge")
     return parser.parse_args()
 
 
@@ -694,21 +680,21 @@ def main() -> None:
 
 # ---- what all scripts share ----
 
-# Samples shown are drawn at this temperature: as many of their words are unknown to the training
-# text as of the validation text's (5.6 and 5.7 %; at 0.8 it is 3.4 %, at 1 9.5 %).
+# Samples shown are drawn at this temperature, at which as many of their words are unknown to the
+# training text as of the validation text's (5.6 and 5.7 %; at 0.8 it is 3.4 %, at 1 9.5 %).
 TEMPERATURE = 0.9
 
 
 def run_script(main: Callable[[], None], memory_remedy: str = "close other programs") -> None:
-    """Runs a script's `main` and ends the process in the way in which all scripts end.
+    """Runs a script's `main` and ends the process as all scripts end.
 
-    Ctrl-C means status 130 and no word, a closed pipe status 0 and no word, a ValueError, an
+    Ctrl-C means status 130 and a closed pipe status 0, both without a word; a ValueError, an
     OSError or a lack of memory status 1 and one line. Anything else is a bug and shows its
     traceback. What the terminal cannot show is printed as `?`.
     """
-    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+    for stream, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, stream) is None:  # closed, and the next file opened would get its number
-            setattr(sys, stream, open(os.devnull, "w" if number else "r"))
+            setattr(sys, stream, open(os.devnull, mode))
     sys.stdout.reconfigure(errors="replace")
     name, status = Path(sys.argv[0]).name, None
     try:
@@ -740,10 +726,9 @@ def run_script(main: Callable[[], None], memory_remedy: str = "close other progr
 
 def out_of_memory(error: BaseException | None) -> bool:
     """Returns whether an error, or one it came from, tells of a lack of memory, a GPU's or not."""
-    phrases = ("out of memory", "enough memory", "allocate memory", "calculation overflowed",
-               "Invalid buffer size")  # PyTorch's
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
-            phrase in str(error) for phrase in phrases):
+    phrases = "(out of|enough|allocate) memory|calculation overflowed|Invalid buffer size"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(
+            phrases, str(error)):  # PyTorch's
         return True
     # an error during the recording of a CUDA graph raises another as the recording ends
     return error is not None and out_of_memory(error.__context__)
@@ -755,13 +740,13 @@ def bounded(kind: type, minimum: float,
 
     It refuses nan, inf and whole numbers beyond 2**63 - 1, which PyTorch cannot hold, too.
     """
-    def convert(text: str) -> int | float:
+    def convert(text):
         try:
             value = kind(text)
         except ValueError:
             noun = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {noun}, not {text!r}") from None
-        limit = below if below is not None else 2**63 if kind is int else float("inf")
+        limit = below if below is not None else 2**63 if kind is int else math.inf
         if not minimum <= value < limit:
             upper = f" and less than {limit}" if below is not None or value >= limit else ""
             raise argparse.ArgumentTypeError(f"must be at least {minimum}{upper}, not {value}")
@@ -773,7 +758,7 @@ def usable_cores(cgroup: Path = Path("/proc/self/cgroup"),
                  root: Path = Path("/sys/fs/cgroup")) -> int:
     """Returns how many cores this process may use, by its affinity and its container's quota.
 
-    Quotas are those of Linux's control groups: `cpu.max` in version 2, two files in version 1.
+    Linux's control groups set the quota: `cpu.max` in version 2, two files in version 1.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     cores = [len(affinity(0)) if affinity else os.cpu_count() or 1]
@@ -793,17 +778,17 @@ def usable_cores(cgroup: Path = Path("/proc/self/cgroup"),
 
 def default_run(file: str) -> Path:
     """Returns checkpoints/, or the pretrained network's folder if only that has the `file`."""
-    folders = [folder for folder in (CHECKPOINTS, PRETRAINED) if (folder / file).exists()]
-    return folders[0] if folders else CHECKPOINTS
+    only_there = (PRETRAINED / file).exists() and not (CHECKPOINTS / file).exists()
+    return PRETRAINED if only_there else CHECKPOINTS
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a binary file that takes the place of `path` when it is complete, and not before.
+    """Opens a binary file that takes the place of `path` once it is complete.
 
-    Whatever happens, `path` is what it was or all of the new file. An exception removes the
-    temporary file beside it, `.{name}.tmp`; a killed process leaves that for the next write to
-    replace. Creates the folder, follows a symbolic link, and raises OSError with the path in it.
+    An exception removes the temporary file beside it, `.{name}.tmp`; a killed process leaves that
+    for the next write to replace. Creates the folder, follows a symbolic link, and raises OSError
+    with the path in it.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.tmp")
@@ -829,30 +814,30 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def visible(token: bytes) -> str:
-    """Spells the bytes of a token in printable characters: b"a\\n\\xff" -> 'a\\\\n\\\\xff'."""
+    """Spells a token in printable characters: b"a\\n\\xff" -> 'a\\\\n\\\\xff'."""
     text = token.decode("utf-8", errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ---- what all scripts share: reading texts ----
 
-ENCODINGS = [  # in the order tried: name, signs of its languages, their share of all non-ASCII ones
-    ("Shift_JIS", "[ぁ-ヿ]", 0.3), ("CP932", "[ぁ-ヿ]", 0.3), ("EUC-JP", "[ぁ-ヿ]", 0.3),
-    ("EUC-KR", "[가-힣]", 0.7), ("CP949", "[가-힣]", 0.7),
-    ("GBK", "[的一是不了在人有我他之也其而以]", 0.05),
-    ("Big5", "[的一是不了在人有我他之也其而以]", 0.05),
-    ("Windows-1251", "(?<=[а-я])[аеиностё]", 0.3), ("KOI8-R", "(?<=[а-я])[аеиностё]", 0.3),
+ENCODINGS = [  # in the order tried: names, signs of their languages, share of all non-ASCII ones
+    ("Shift_JIS CP932 EUC-JP", "[ぁ-ヿ]", 0.3),
+    ("EUC-KR CP949", "[가-힣]", 0.7),
+    ("GBK Big5", "[的一是不了在人有我他之也其而以]", 0.05),
+    ("Windows-1251 KOI8-R", "(?<=[а-я])[аеиностё]", 0.3),
     ("Windows-1252", "(?<![ß-ÿ])[À-ÂÄ-ÏÑ-ÔÖÙ-Üß-ïñ-öø-üœ«»‘’“”–—…°£§]{1,2}(?![ß-ÿ])", 0.9)]
+REMEDY = "pass a text with --data_path"
 SAMPLE = 1 << 16  # bytes that are enough to tell an encoding
 WHOLE = 1 << 25   # bytes of a text that are read at a time
 
 
 def read_text(path: str | Path) -> str:
-    """Returns the text of a UTF-8 file, as Python's text mode reads it, without byte-order mark.
+    """Returns a UTF-8 text as Python's text mode reads it, without byte-order mark.
 
     Raises ValueError if it is missing or empty, or as `text_pieces` does.
     """
-    pattern, remedy = Path(path), "pass a text with --data_path"
+    pattern = Path(path)
     path, *others = matching(str(path))
     if others:
         raise ValueError(f"{pattern} stands for {len(others) + 1} files: {join_command(pattern)}")
@@ -860,48 +845,49 @@ def read_text(path: str | Path) -> str:
         texts = path / ("*.txt" if any(path.glob("*.txt")) else "*")
         raise ValueError(f"cannot read {path}: Is a directory; {join_command(texts)}")
     if not path.exists():
-        raise ValueError(f"there is no text at {path}: run python data/prepare.py, or {remedy}")
+        raise ValueError(f"there is no text at {path}: run python data/prepare.py, or {REMEDY}")
     if not (text := "".join(piece for _, piece in text_pieces(path, 0, WHOLE))):
-        raise ValueError(f"{path} is empty: {remedy}")
+        raise ValueError(f"{path} is empty: {REMEDY}")
     return text
 
 
 def text_pieces(path: str | Path, start: int, size: int) -> Iterator[tuple[bytes, str]]:
-    """Yields a text from byte `start` on in pieces: `size` bytes as they are, and the text in them.
+    """Yields a text from byte `start` on: `size` bytes as they are, and the text in them.
 
     Raises ValueError if it is unreadable, binary, or in another encoding.
     """
-    decoder, place, line = codecs.getincrementaldecoder("utf-8")(), start, 1
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
     with_newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    remedy, ended = "pass a text with --data_path", False
     try:
         with open(path, "rb") as file:
             if start:  # a pipe has no other places
                 file.seek(start)
-            while not ended:
-                data = file.read(size)
-                ended = len(data) < size
+            for place in itertools.count(start, size):
+                rest = data = file.read(size)
                 check_bytes(data, path)
                 if 0 in data:
                     raise ValueError(f"{path} is binary (byte {place + data.index(0)} is zero): "
-                                     f"{remedy}")
-                rest = data if place else data.removeprefix(codecs.BOM_UTF8)
-                if place == start > 0:  # in the middle of a character perhaps
+                                     f"{REMEDY}")
+                if place == 0:
+                    rest = data.removeprefix(codecs.BOM_UTF8)
+                elif place == start:  # in the middle of a character perhaps
                     rest = data.lstrip(bytes(range(0x80, 0xC0)))
-                text = with_newlines.decode(rest, ended)
+                text = with_newlines.decode(rest, len(data) < size)
                 yield data, text
-                place, line = place + len(data), line + text.count("\n")
+                if len(data) < size:
+                    return
+                line += text.count("\n")
     except UnicodeDecodeError as error:
         if start:  # read from the top, it fails at the same byte, whose line is then known
             for _ in text_pieces(path, 0, WHOLE):
                 pass
         raise ValueError(f"{path} {not_utf8(error.object, error, path, line)}") from error
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
+        raise ValueError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
 
 
 def check_bytes(data: bytes, path: str | Path) -> None:
-    """Raises ValueError for UTF-16, and notes line ends that will not be written as they were."""
+    """Raises ValueError for UTF-16, and prints a note on line ends other than \\n."""
     zeros, at_even_places = data.count(0, 0, SAMPLE), data[:SAMPLE:2].count(0)
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if marked or zeros > 99 and at_even_places in (0, zeros):
@@ -912,7 +898,7 @@ def check_bytes(data: bytes, path: str | Path) -> None:
 
 
 def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int) -> str:
-    """Says why bytes, from `line` on, are not UTF-8, as far as is evident, and what helps."""
+    """Says why bytes, which begin on `line`, are not UTF-8, and what helps."""
     bad = sum(map(len, re.findall("[\udc80-\udcff]+", data.decode("utf-8", "surrogateescape"))))
     good = len(data.translate(None, bytes(range(128)))) - bad  # bytes of characters beyond ASCII
     cut = error.end == len(data) and error.reason == "unexpected end of data"
@@ -930,18 +916,19 @@ def not_utf8(data: bytes, error: UnicodeDecodeError, path: Path, line: int) -> s
 
 
 def other_encoding(data: bytes) -> str | None:
-    """Names the encoding, if any, in which bytes read like a language, where they are not ASCII."""
+    """Names the encoding, if any, in which bytes beyond ASCII read like a language."""
     start = re.search(b"[\x80-\xff]", data).start()
-    for name, signs, share in ENCODINGS:
-        with suppress(UnicodeDecodeError):
-            text = codecs.getincrementaldecoder(name)().decode(data[start:start + SAMPLE])
-            if sum(map(len, re.findall(signs, text))) > share * sum(c > "\x7f" for c in text):
-                return name
+    for names, signs, share in ENCODINGS:
+        for name in names.split():
+            with suppress(UnicodeDecodeError):
+                text = codecs.getincrementaldecoder(name)().decode(data[start:start + SAMPLE])
+                if sum(map(len, re.findall(signs, text))) > share * sum(c > "\x7f" for c in text):
+                    return name
     return None
 
 
 def recode(path: str | Path, encoding: str, drop: bool = False) -> str:
-    """Returns the command that writes a text anew in UTF-8, without what is amiss if `drop`."""
+    """Returns the command that writes a text in UTF-8, if `drop` without what is amiss."""
     if not os.path.exists(path):  # standard input
         return f"iconv -f {encoding} -t UTF-8"
     new = free_name(f"{Path(path).stem}-utf8")
@@ -954,7 +941,7 @@ def recode(path: str | Path, encoding: str, drop: bool = False) -> str:
 
 
 def join_command(pattern: Path) -> str:
-    """Says how to make one text of all files that a pattern, books/*.txt say, stands for."""
+    """Says how to make one text of a pattern's files, books/*.txt say."""
     folder = pattern.parent.resolve()
     old, new = str(pattern.parent), free_name(str(folder.parent / (folder.name or "all")))
     command = f"cat {shlex.quote(old)}/{pattern.name} > {shlex.quote(new)}"
@@ -966,13 +953,13 @@ def join_command(pattern: Path) -> str:
 
 
 def free_name(stem: str) -> str:
-    """Returns the first of stem.txt, stem-2.txt, stem-3.txt ... that no file has as its name."""
+    """Returns the first of stem.txt, stem-2.txt, stem-3.txt ... that does not exist."""
     names = (f"{stem}{f'-{number}' * (number > 1)}.txt" for number in itertools.count(1))
-    return next(name for name in names if not os.path.exists(name))
+    return next(itertools.filterfalse(os.path.exists, names))
 
 
 def matching(pattern: str) -> list[Path]:
-    """Returns the files that a pattern stands for, as Windows' shells leave that to programs.
+    """Returns the files that a pattern stands for, which Windows' shells leave to programs.
 
     What is no pattern, or matches nothing, stands for itself.
     """
@@ -981,7 +968,7 @@ def matching(pattern: str) -> list[Path]:
 
 
 def one_file(text: str) -> Path:
-    """Is a `type` for argparse: a path, which may be a pattern that one file alone matches."""
+    """Is a `type` for argparse: a path, or a pattern that matches one file."""
     files = matching(text)
     if len(files) > 1:
         raise argparse.ArgumentTypeError(f"{text} stands for {len(files)} files: name one")
@@ -989,14 +976,14 @@ def one_file(text: str) -> Path:
 
 
 def note_file(text: str, remedy: str) -> None:
-    """Prints a note where a text given is the name of a file, whose contents may be meant."""
+    """Prints a note if a text given is the name of a file, whose contents may be meant."""
     if os.path.isfile(text):
         note(f"{text} is a file's name, taken as the text itself: {remedy}")
 
 
 @functools.cache
 def note(line: str) -> None:
-    """Prints a line on standard error, but once, and from one alone of torchrun's processes."""
+    """Prints a line on standard error, once, and from only one of torchrun's processes."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"note: {line}", file=sys.stderr)
 
