@@ -3,8 +3,7 @@
     python data/prepare.py
 
 Does nothing if the text is there already, and never replaces another that lies there: it may be
-yours. The SHA-256 decides whether a download is the text; where one source is blocked or brings
-something else, a second one is asked.
+yours. Where one source is blocked or brings another SHA-256, a second one is asked.
 """
 import argparse
 import hashlib
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts lie one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie one folder up
 from tokenizer import atomic_write, run_script
 
 URLS = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -23,19 +22,16 @@ URLS = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinysha
 SIZE = 1_115_394  # bytes
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PATH = Path(__file__).resolve().parent / "input.txt"
-TIMEOUT = 30  # seconds of silence after which a source is given up
+TIMEOUT = 30  # seconds of silence
 REMEDY = f"Try again, or put any UTF-8 text at {PATH}, or pass --data_path to train.py"
 
 
 def download(url: str) -> bytes:
-    """Returns the text from `url`.
-
-    Raises ValueError if it brings something else, OSError or HTTPException if it cannot be reached.
-    """
+    """Returns the text. Raises ValueError if it is another, OSError or HTTPException if none."""
     data = bytearray()
     with (urllib.request.urlopen(url, timeout=TIMEOUT) as response,
           tqdm(total=SIZE, unit="B", unit_scale=True, desc=PATH.name, disable=None) as bar):
-        # one byte too many tells that it is another text, however long it goes on
+        # one byte too many tells that it is another text
         while chunk := response.read(min(65_536, SIZE + 1 - len(data))):
             data += chunk
             bar.update(len(chunk))
@@ -47,8 +43,7 @@ def download(url: str) -> bytes:
 def prepare() -> str:
     """Makes sure that a text lies at PATH, and returns a line that says which.
 
-    Raises ValueError if no source brings it, OSError if PATH cannot be read or written; nothing is
-    written then.
+    Raises ValueError if no source brings it, OSError if PATH cannot be read or written.
     """
     if PATH.exists():
         if hashlib.sha256(PATH.read_bytes()).hexdigest() == SHA256:
@@ -61,10 +56,10 @@ def prepare() -> str:
             data = download(url)
         except (OSError, ValueError, http.client.HTTPException) as error:
             failures.append(f"{url} ({error})")
-        else:
-            with atomic_write(PATH) as file:
-                file.write(data)
-            return f"{PATH}: {SIZE:,} bytes, SHA-256 as expected"
+            continue
+        with atomic_write(PATH) as file:
+            file.write(data)
+        return f"{PATH}: {SIZE:,} bytes, SHA-256 as expected"
     raise ValueError(f"cannot download Tiny Shakespeare from {' or '.join(failures)}. {REMEDY}")
 
 

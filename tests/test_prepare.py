@@ -16,7 +16,7 @@ CHANGED = TEXT[:-1] + b"?"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers a GET with `body`; announces `length` bytes; falls silent after it if `silent`."""
+    """Answers a GET with `body`, announced as `length` bytes; then falls silent if `silent`."""
 
     daemon_threads = True
 
@@ -27,7 +27,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/input.txt"
 
     def handle_error(self, request, client_address):
-        """A client that hangs up, as ours does when it is killed, is no fault of the server."""
+        """Is silent of a client that hangs up, as ours does when it is killed."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -45,14 +45,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def constants(server, folder, *others):
-    """What prepare.py is told instead of the real addresses, hash and place."""
+    """What prepare.py is told instead of the real ones."""
     return {"URLS": [source.url for source in (server, *others)], "SIZE": len(TEXT),
             "SHA256": hashlib.sha256(TEXT).hexdigest(), "PATH": folder / "input.txt"}
 
 
 @pytest.fixture
 def servers(tmp_path, monkeypatch):
-    """The two sources of the text, which prepare.py is to write into `tmp_path`."""
+    """The two sources of the text."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(sys, "argv", ["prepare.py"])
     servers = Server(), Server()
