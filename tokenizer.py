@@ -122,7 +122,7 @@ class TokenSequence:
         return self.tail.take(places - 1, mode="wrap"), self.head.take(places + self.size[new])
 
     def ids(self) -> np.ndarray:
-        """Returns the tokens in order."""
+        """Returns the tokens in order, of the dtype of `hole`."""
         return self.head.compress(self.head != self.hole)
 
 
@@ -278,9 +278,9 @@ class BasicTokenizer:
                      rng: np.random.Generator | None = None) -> np.ndarray:
         """Returns the token ids, (tokens,) uint16, or uint32 for a vocabulary of more than 65,535.
 
-        With `dropout` each single merge is left out with that probability, so that a text is
-        spelled anew each time (BPE-dropout, Provilkov et al. 2020; they draw for a place again
-        after each later merge, we draw once).
+        With `dropout` each single merge is left out with that probability, drawn from `rng`: a text
+        is spelled anew each time (BPE-dropout, Provilkov et al. 2020, where a merge left out is
+        drawn again after each later merge; here it is drawn once).
         """
         data = to_bytes(text)
         if len(data) <= SHORT and not dropout:
