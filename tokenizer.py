@@ -786,9 +786,9 @@ def default_run(file: str) -> Path:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a binary file that takes the place of `path` once it is complete.
 
-    An exception removes the temporary file beside it, `.{name}.tmp`; a killed process leaves that
-    for the next write to replace. Creates the folder, follows a symbolic link, and raises OSError
-    with the path in it.
+    Whatever happens, `path` is what it was or all of the new file. An exception removes the
+    temporary file beside it, `.{name}.tmp`; a killed process leaves that for the next write to
+    replace. Creates the folder, follows a symbolic link, and raises OSError with the path in it.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.tmp")

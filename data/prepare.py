@@ -22,7 +22,7 @@ URLS = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinysha
 SIZE = 1_115_394  # bytes
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PATH = Path(__file__).resolve().parent / "input.txt"
-TIMEOUT = 30  # seconds of silence
+TIMEOUT = 30  # seconds of silence after which a source is given up
 REMEDY = f"Try again, or put any UTF-8 text at {PATH}, or pass --data_path to train.py"
 
 
@@ -43,7 +43,8 @@ def download(url: str) -> bytes:
 def prepare() -> str:
     """Makes sure that a text lies at PATH, and returns a line that says which.
 
-    Raises ValueError if no source brings it, OSError if PATH cannot be read or written.
+    Raises ValueError if no source brings it, OSError if PATH cannot be read or written; nothing is
+    written then.
     """
     if PATH.exists():
         if hashlib.sha256(PATH.read_bytes()).hexdigest() == SHA256:
