@@ -12,7 +12,6 @@ import csv
 import math
 import sys
 import warnings
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from tokenizer import (
     BasicTokenizer,
     atomic_write,
+    bounded,
     default_run,
     note,
     note_file,
@@ -41,37 +41,29 @@ from tokenizer import (
 KNOWN = ("iteration", "tokens_seen", "epochs", "learning_rate")  # never empty, never NaN
 LOSSES = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char")
 RELUS = ("mean", "std", "zeros", "dead", "grad_mean", "grad_std")  # each layer has these
-MAX_BYTES = 2**24  # both files are some kilobytes; anything near this is not one of ours
+MAX_BYTES = 2**24  # all histograms together, which really are some kilobytes
 MAX_TOKENS = 40  # the weights of more could not be told apart in a picture
 Metrics = dict[str, np.ndarray]
-NO_RUN = "train first, with `python train.py`, or name a run with --out_dir"
 
 
 def read_metrics(path: Path) -> Metrics:
     """Reads metrics.csv, a header and a row for each evaluation.
 
     Returns its KNOWN and LOSSES, (evaluations,) float64, and each of RELUS as "relu_...", all
-    layers together, (n_layer, evaluations). A cell that is empty or too large to draw is NaN, a gap
-    in the curve. Raises ValueError, naming line and column.
+    layers together, (n_layer, evaluations). An empty cell is NaN, a gap in the curve. Raises
+    ValueError, naming line and column.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: {NO_RUN}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} is too large to draw: train with a larger --eval_interval")
     columns, name = {}, ""
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = csv.DictReader(file, restkey="beyond the last", restval="missing")
-        try:
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            lines = iter(partial(file.readline, 2**20), "")  # damage may leave one endless line
+            rows = csv.DictReader(lines, restkey="beyond the last", restval="missing")
             for row in rows:
-                for name, field in row.items():
-                    value = float(str(field or "nan"))
-                    value = value if abs(value) < 1e15 else math.nan
-                    if value < 0 and name in LOSSES or not value >= 0 and name in KNOWN:
-                        raise ValueError(f"{field!r} is not a number from 0 up")
-                    columns.setdefault(name, []).append(value)
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}, line {rows.line_num}, column {name}: {error!s:.99}; "
-                             "mend that line or train again") from error
+                for name, cell in row.items():
+                    number = bounded(float, 0) if name in KNOWN else float
+                    columns.setdefault(name, []).append(number(str(cell or "nan")))
+    except (ValueError, argparse.ArgumentTypeError, csv.Error) as error:
+        raise ValueError(f"{path}, line {rows.line_num}, column {name}: {error!s:.99}") from error
     layers = range(1, 1 + max(1, sum(name.endswith("_zeros") for name in columns)))
     try:
         metrics = {name: np.array(columns[name]) for name in KNOWN + LOSSES}
@@ -84,25 +76,21 @@ def read_metrics(path: Path) -> Metrics:
 def read_histograms(path: Path, n_layer: int) -> dict[str, int | np.ndarray]:
     """Reads histograms.npz: ReLU outputs, "relu", and gradients, "relu_grad", of one "iteration".
 
-    Returns that number and "..._density", (n_layer, bins), which integrates to 1 over "..._edges",
-    (n_layer, bins + 1), of both. Raises ValueError for a damaged file.
+    Returns that number, and of both "..._counts", (n_layer, bins), and "..._edges" of the bins,
+    (n_layer, bins + 1), float64. Raises ValueError for a damaged file.
     """
     try:
-        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
-            if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+        with np.load(path) as archive:  # unpickles nothing
+            if sum(member.file_size for member in archive.zip.infolist()) > MAX_BYTES:
                 raise ValueError("a zip bomb")
-            histograms = {"iteration": int(arrays["iteration"])}
-            for kind in ("relu", "relu_grad"):
-                counts, edges = arrays[f"{kind}_counts"], arrays[f"{kind}_edges"].astype(float)
-                widths = np.diff(edges)
-                fit = counts.shape == widths.shape == (n_layer, widths.shape[1])
-                if not (fit and ((widths > 0) & (widths < np.inf) & (counts >= 0)).all()):
-                    raise ValueError("no histogram for each layer")
-                histograms[f"{kind}_edges"] = edges
-                histograms[f"{kind}_density"] = counts / counts.sum(1, keepdims=True) / widths
+            arrays = {name: archive[name].astype(float) for name in archive}
+        for kind in ("relu", "relu_grad"):
+            counts, widths = arrays[f"{kind}_counts"], np.diff(arrays[f"{kind}_edges"])
+            if not (counts.shape == widths.shape == (n_layer, len(widths[0])) and widths.min() > 0):
+                raise ValueError("no histogram for each layer")
+        return arrays | {"iteration": int(arrays["iteration"])}
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for a damaged file
         raise ValueError(f"{path} is damaged, or of another n_layer; train again") from error
-    return histograms
 
 
 def read_text_with_network(
@@ -118,8 +106,6 @@ def read_text_with_network(
     from model import attention, load_model
 
     path = out_dir / "model.pt"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: {NO_RUN}")
     tokenizer = BasicTokenizer(out_dir=out_dir)
     model, _ = load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
     ids = [ord("\n"), *tokenizer.encode_array(text).tolist()]
@@ -160,7 +146,7 @@ PUBLISHED_CHARS_PER_TOKEN = 1.9408
 
 def chars_per_token(metrics: Metrics) -> float:
     """Returns nats per token over nats per character of the validation text; NaN if unknown."""
-    known = (metrics["val_loss"] > 0) & (metrics["val_nats_per_char"] > 0)
+    known = np.isfinite(metrics["val_loss"]) & (metrics["val_nats_per_char"] > 0)
     if not known.any():
         return math.nan
     return np.median(metrics["val_loss"][known] / metrics["val_nats_per_char"][known])
@@ -297,7 +283,7 @@ def draw_loss(metrics: Metrics) -> Figure:
 def draw_relu_training(metrics: Metrics) -> Figure:
     """Draws the share of zeros and of dead units of each layer's ReLU against iterations."""
     iteration, zeros = metrics["iteration"], metrics["relu_zeros"]
-    dead, style = np.nan_to_num(metrics["relu_dead"]), line_style(metrics)
+    dead, style = np.nan_to_num(metrics["relu_dead"], posinf=0), line_style(metrics)
     figure = Figure(figsize=(WIDTH, 5.2))
     upper, lower = figure.subplots(2, sharex=True)
     published = published_zeros(metrics)
@@ -334,7 +320,8 @@ def draw_histograms(histograms: dict, kind: str) -> tuple[Figure, Axes, list]:
     """Draws "relu" or "relu_grad" of each layer. Returns figure, axes and the lines' handles."""
     figure = Figure(figsize=(WIDTH, 4.6))
     axes = figure.subplots()
-    density, edges = histograms[f"{kind}_density"], histograms[f"{kind}_edges"]
+    counts, edges = histograms[f"{kind}_counts"], histograms[f"{kind}_edges"]
+    density = counts / counts.sum(1, keepdims=True) / np.diff(edges)  # its integral is 1
     density = np.where(density > 0, density, np.nan)  # a gap, not a line down to the log of 0
     handles = [axes.stairs(*layer, color=color, linewidth=1.5, baseline=None)
                for *layer, color in zip(density, edges, layer_colors(len(density)))]
@@ -522,11 +509,16 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    needed = "metrics.csv" if args.attention is None else "model.pt"
+    out_dir = args.out_dir or default_run(needed)
+    if not (out_dir / needed).exists():
+        raise ValueError(f"{out_dir / needed} is missing: train first, with `python train.py`, "
+                         "or name a run with --out_dir")
     with matplotlib.rc_context(STYLE):
         if args.attention is None:
-            draw_all(args.out_dir or default_run("metrics.csv"), args.format)
+            draw_all(out_dir, args.format)
         else:
-            draw_reading(args.out_dir or default_run("model.pt"), args.attention, args.format)
+            draw_reading(out_dir, args.attention, args.format)
 
 
 if __name__ == "__main__":

