@@ -42,7 +42,7 @@ KNOWN = ("iteration", "tokens_seen", "epochs", "learning_rate")  # never empty, 
 LOSSES = ("train_loss", "val_loss", "train_nats_per_char", "val_nats_per_char")
 RELUS = ("mean", "std", "zeros", "dead", "grad_mean", "grad_std")  # each layer has these
 MAX_BYTES = 2**24  # all histograms together, which really are some kilobytes
-MAX_TOKENS = 40  # the weights of more could not be told apart in a picture
+MAX_TOKENS = 40  # a picture could not show the weights of more
 Metrics = dict[str, np.ndarray]
 
 
@@ -97,17 +97,16 @@ def read_text_with_network(
         out_dir: Path, text: str) -> tuple[list[int], list[str], np.ndarray, np.ndarray]:
     """Lets the network in `out_dir` read a line end and `text`, of T tokens together.
 
-    Returns the ids (T), a label for each token of the vocabulary (V strings), the attention weights
-    (n_layer, n_head, T, T), a row for each token that reads, and the probabilities of the next
-    token (T, V), float32. Raises ValueError.
+    Returns the ids (T), labels of the whole vocabulary (V), the attention weights (n_layer, n_head,
+    T, T), a row for each token that reads, and the probabilities of the next token (T, V), float32.
+    Raises ValueError.
     """
     import torch  # takes seconds, and no other picture needs it
 
     from model import attention, load_model
 
-    path = out_dir / "model.pt"
     tokenizer = BasicTokenizer(out_dir=out_dir)
-    model, _ = load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
+    model, _ = load_model(out_dir / "model.pt", tokenizer.fingerprint, tokenizer.vocab_size)
     ids = [ord("\n"), *tokenizer.encode_array(text).tolist()]
     longest = min(MAX_TOKENS, model.config.block_size)
     if len(ids) > longest or not text:
@@ -145,7 +144,7 @@ PUBLISHED_CHARS_PER_TOKEN = 1.9408
 
 
 def chars_per_token(metrics: Metrics) -> float:
-    """Returns nats per token over nats per character of the validation text; NaN if unknown."""
+    """Returns how many characters of the validation text a token has; NaN if unknown."""
     known = np.isfinite(metrics["val_loss"]) & (metrics["val_nats_per_char"] > 0)
     if not known.any():
         return math.nan
@@ -153,7 +152,7 @@ def chars_per_token(metrics: Metrics) -> float:
 
 
 def same_text_and_tokenizer(metrics: Metrics) -> bool:
-    """Returns whether losses compare with the published: as many characters a token, to 0.1 %."""
+    """Tells whether losses compare with the published: as many characters a token, to 0.1 %."""
     return abs(chars_per_token(metrics) / PUBLISHED_CHARS_PER_TOKEN - 1) < 0.001
 
 
@@ -178,17 +177,17 @@ STYLE = {
 
 
 def layer_colors(n_layer: int) -> np.ndarray:
-    """Returns a color (4,) for each layer; viridis from its dark end, but not to its palest."""
+    """Returns colors (n_layer, 4): viridis from its dark end, but not to its palest."""
     return matplotlib.colormaps["viridis"](np.linspace(0, 0.87, n_layer))
 
 
 def listed(n_layer: int) -> set[int]:
-    """Returns the layers that a legend names, ten at most: it must leave room for the curves."""
+    """Returns the layers that a legend names: ten at most, to leave room for the curves."""
     return {round(layer) for layer in np.linspace(0, n_layer - 1, min(n_layer, 10))}
 
 
 def line_style(metrics: Metrics) -> dict:
-    """Returns a style with points where these are few, so that a lone evaluation is seen, too."""
+    """Returns a style with points if these are few, so that a lone evaluation is seen, too."""
     few = len(metrics["iteration"]) <= 60
     return {"marker": "o", "markersize": 3.5, "linewidth": 1.6} if few else {}
 
@@ -203,12 +202,12 @@ def table_legend(axes: Axes, handles: list, header: list[str], rows: list[list[s
                  **place) -> None:
     """Draws a legend that is a table: a header, then a row beside each of the handles."""
     shown = sorted(listed(len(rows)))
-    handles, rows = [handles[layer] for layer in shown], [rows[layer] for layer in shown]
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = ["  ".join(map(str.rjust, row, widths)) for row in [header, *rows]]
+    handles = [*axes.plot([], [], " "), *(handles[layer] for layer in shown)]
+    rows = [header, *(rows[layer] for layer in shown)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     lines = [line.replace(" ", "\N{NO-BREAK SPACE}") for line in lines]  # SVG would join spaces
-    no_handle = axes.plot([], [], " ")[0]
-    axes.legend([no_handle, *handles], lines, prop={"family": "monospace", "size": 8.5}, **place)
+    axes.legend(handles, lines, prop={"family": "monospace", "size": 8.5}, **place)
 
 
 def plain_ticks(axis: Axis, numbers: str, **which) -> None:
@@ -220,16 +219,16 @@ def plain_ticks(axis: Axis, numbers: str, **which) -> None:
 
 def draw_published_losses(axes: Axes, last: float) -> None:
     """Draws the published losses up to iteration `last` or just past it, and their best."""
+    style = {"linewidth": 1, "alpha": 0.75}
     if last >= PUBLISHED_ITERATION[1]:
         # a straight line from iteration 0 to 500 would be far above what that run really did
         shown = slice(1, 1 + np.searchsorted(PUBLISHED_ITERATION, last))
-        style = {"linestyle": "--", "linewidth": 1, "marker": ".", "markersize": 5, "alpha": 0.75}
         for name, losses, color in (("train", PUBLISHED_TRAIN, TRAIN_COLOR),
                                     ("validation", PUBLISHED_VAL, VAL_COLOR)):
-            axes.plot(PUBLISHED_ITERATION[shown], losses[shown], color=color,
+            axes.plot(PUBLISHED_ITERATION[shown], losses[shown], ".--", markersize=5, color=color,
                       label=f"{name}, published run", **style)
     best = PUBLISHED_VAL.argmin()
-    axes.axhline(PUBLISHED_VAL[best], color=VAL_COLOR, linestyle=":", linewidth=1, alpha=0.75,
+    axes.axhline(PUBLISHED_VAL[best], color=VAL_COLOR, linestyle=":", **style,
                  label=f"published run's best: {PUBLISHED_VAL[best]:.4f}, "
                        f"at {PUBLISHED_ITERATION[best]:,}")
 
@@ -237,9 +236,8 @@ def draw_published_losses(axes: Axes, last: float) -> None:
 def draw_loss(metrics: Metrics) -> Figure:
     """Draws losses against iterations, tokens and passes, and below them the learning rate."""
     iteration, val = metrics["iteration"], metrics["val_loss"]
-    figure = Figure(figsize=(WIDTH, 5.6))
+    figure, style = Figure(figsize=(WIDTH, 5.6)), line_style(metrics)
     axes, strip = figure.subplots(2, height_ratios=[6, 1], sharex=True)
-    style = line_style(metrics)
     axes.plot(iteration, metrics["train_loss"], color=TRAIN_COLOR, label="train", **style)
     axes.plot(iteration, val, color=VAL_COLOR, label="validation", **style)
     if same_text_and_tokenizer(metrics):
@@ -264,8 +262,7 @@ def draw_loss(metrics: Metrics) -> Figure:
              "Where validation parts from training, the network learns its text by heart.")
 
     if iteration[-1] > 0:
-        tokens = metrics["tokens_seen"][-1] / iteration[-1]
-        epochs = metrics["epochs"][-1] / iteration[-1]
+        tokens, epochs = (metrics[name][-1] / iteration[-1] for name in ("tokens_seen", "epochs"))
         top = axes.secondary_xaxis(
             "top", functions=(lambda x: x * tokens / 1e6, lambda x: x / tokens * 1e6))
         top.set_xlabel("million tokens seen (passes over the training text)")
@@ -317,7 +314,7 @@ def draw_relu_training(metrics: Metrics) -> Figure:
 
 
 def draw_histograms(histograms: dict, kind: str) -> tuple[Figure, Axes, list]:
-    """Draws "relu" or "relu_grad" of each layer. Returns figure, axes and the lines' handles."""
+    """Draws "relu" or "relu_grad" of each layer. Returns figure, axes and the lines."""
     figure = Figure(figsize=(WIDTH, 4.6))
     axes = figure.subplots()
     counts, edges = histograms[f"{kind}_counts"], histograms[f"{kind}_edges"]
@@ -330,7 +327,7 @@ def draw_histograms(histograms: dict, kind: str) -> tuple[Figure, Axes, list]:
 
 
 def draw_relu_outputs(metrics: Metrics, histograms: dict, row: int) -> Figure:
-    """Draws the distribution of each ReLU's outputs, at the evaluation in that row of `metrics`."""
+    """Draws the distribution of each ReLU's outputs, at the evaluation in a row of `metrics`."""
     figure, axes, handles = draw_histograms(histograms, "relu")
     mean, std, zeros, dead = (metrics[f"relu_{name}"][:, row]
                               for name in ("mean", "std", "zeros", "dead"))
@@ -368,7 +365,7 @@ def draw_relu_gradients(metrics: Metrics, histograms: dict, row: int) -> Figure:
 def draw_attention(tokens: list[str], weights: np.ndarray, fonts: list[str]) -> Figure:
     """Draws the weights (n_layer, n_head, T, T): what each of T tokens (rows) takes from others.
 
-    The fonts have those characters of the tokens that Matplotlib's own lack.
+    `fonts` are for characters that Matplotlib's own lack.
     """
     n_layer, n_head, T, _ = weights.shape
     side = max(WIDTH / (n_head + 0.7), 0.055 * T)  # inches; wide enough for labels to be read
@@ -395,24 +392,24 @@ def draw_attention(tokens: list[str], weights: np.ndarray, fonts: list[str]) -> 
 
 def draw_expected(ids: list[int], labels: list[str], probs: np.ndarray,
                   fonts: list[str]) -> Figure:
-    """Draws the text: each token as dark as it was expected, and above it what was likeliest."""
+    """Draws a text: each token as dark as it was expected, and above it a likelier one."""
     targets, before = ids[1:], probs[:-1]
     lines = math.ceil(len(targets) / 10)
     per_line = math.ceil(len(targets) / lines)  # lines of about the same length
     figure = Figure(figsize=(WIDTH, 0.75 * lines + 1))
     axes = figure.subplots()
-    write = partial(axes.text, ha="center", va="center")
+    write = partial(axes.text, ha="center", va="center", family=["monospace", *fonts])
     for place, (token, expected) in enumerate(zip(targets, before)):
         row, column = divmod(place, per_line)
         x, share, likeliest = column + 0.48, expected[token], expected.argmax()
         shade = matplotlib.colormaps["Blues"](0.85 * share)
         black, grey = ("white", "white") if share > 0.55 else ("black", "#444444")
         axes.add_patch(Rectangle((column, row), 0.96, 0.55, color=shade))
-        write(x, row + 0.22, labels[token], family=["monospace", *fonts], fontsize=11, color=black)
-        write(x, row + 0.44, f"{share:.1%}", fontsize=6.5, color=grey)
+        write(x, row + 0.22, labels[token], fontsize=11, color=black)
+        write(x, row + 0.44, f"{share:.1%}", family="sans-serif", fontsize=6.5, color=grey)
         if likeliest != token:
-            write(x, row - 0.12, f"{labels[likeliest]} {expected[likeliest]:.0%}",
-                  family=["monospace", *fonts], fontsize=7, color=GREY)
+            write(x, row - 0.12, f"{labels[likeliest]} {expected[likeliest]:.0%}", fontsize=7,
+                  color=GREY)
     nats = -np.log(before[np.arange(len(targets)), targets]).mean()
     axes.set(xlim=(0, per_line), ylim=(lines - 0.35, -0.3))
     axes.axis("off")
@@ -423,10 +420,7 @@ def draw_expected(ids: list[int], labels: list[str], probs: np.ndarray,
 
 
 def fonts_for(text: str) -> list[str]:
-    """Returns fonts of this system for the characters of a text that Matplotlib's own lack.
-
-    A note names those that no font has.
-    """
+    """Returns fonts here for characters that Matplotlib's own lack; a note names what none has."""
     own = [font_manager.findfont(name) for name in ("DejaVu Sans", "DejaVu Sans Mono")]
     lacking, names = set(text) - (characters(own[0]) & characters(own[1])), []
     if not lacking:
@@ -466,7 +460,7 @@ def save(figure: Figure, path: Path) -> None:
 # ---- command line ----
 
 def draw_all(out_dir: Path, suffix: str) -> None:
-    """Draws every picture for which `out_dir` holds the figures. Raises ValueError or OSError."""
+    """Draws every picture of a training that a folder holds the figures for."""
     metrics = read_metrics(out_dir / "metrics.csv")
     save(draw_loss(metrics), out_dir / f"loss.{suffix}")
     save(draw_relu_training(metrics), out_dir / f"relu_training.{suffix}")
@@ -486,7 +480,7 @@ def draw_all(out_dir: Path, suffix: str) -> None:
 
 
 def draw_reading(out_dir: Path, text: str, suffix: str) -> None:
-    """Draws how the network in `out_dir` reads `text`. Raises ValueError or OSError."""
+    """Draws how the network in a folder reads a text."""
     note_file(text, "give what the file holds instead")
     ids, labels, weights, probs = read_text_with_network(out_dir, text)
     tokens = [labels[token] for token in ids]

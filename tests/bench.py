@@ -123,7 +123,7 @@ def bench_tokenizer(args: argparse.Namespace) -> None:
 
 
 def learn(data_path: Path, vocab_size: int) -> BasicTokenizer:
-    """Returns a tokenizer, trained as always: it reads the text and writes two files."""
+    """Trains a tokenizer as users do: it reads the text and writes two files."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         return BasicTokenizer(data_path, vocab_size, out_dir=folder)
 
@@ -163,12 +163,11 @@ def write_text(path: Path, source: bytes, size: int) -> None:
 
 
 def measure_size(data_path: Path, megabytes: int) -> None:
-    """Prints time and peak memory for an ASCII text of that size, as a row of a table."""
+    """Prints times and peak memory for a text of that size, as a row of a table."""
     with tempfile.TemporaryDirectory() as folder, sampled_memory() as samples:
         path = Path(folder) / "text.txt"
         write_text(path, read_text(data_path).encode(), megabytes * 10**6)
-        train = seconds(lambda: learn(path, 500))
-        tokenizer = learn(data_path, 500)
+        train, tokenizer = seconds(lambda: learn(path, 500)), learn(data_path, 500)
         encode = seconds(lambda: load_tokens(tokenizer, path, folder))
         tokens = len(load_tokens(tokenizer, path, folder).ids)
     memory = max(samples) or peak_memory()
@@ -180,7 +179,7 @@ def measure_size(data_path: Path, megabytes: int) -> None:
 # Each step makes an iteration in a number format, and returns its loss.
 
 def train_step(args: argparse.Namespace, dtype: str) -> Callable:
-    """Returns the step of a real run of train.py, at the published sizes."""
+    """Returns the step of a real run of train.py."""
     flags = ["--data_path", args.data_path, "--batch_size", args.batch_size,
              "--device", args.device, "--dtype", dtype, "--out_dir", args.out_dir / dtype]
     with contextlib.redirect_stdout(None):
@@ -306,7 +305,7 @@ def training() -> Iterator[subprocess.Popen]:
 
 def llama2c(folder: Path, inner: int) -> Callable[[], float]:
     """Returns a function that lets llama2.c, `run` in the folder, fill a context, and returns its
-    tokens a second. An untrained feed-forward of LLaMA has three matrices, here `inner` wide."""
+    tokens a second. LLaMA's feed-forward has three matrices, here `inner` wide and untrained."""
     C, H, L, V = CONFIG.n_embd, CONFIG.n_head, CONFIG.n_layer, CONFIG.vocab_size
     T, weights, tokens = CONFIG.block_size, folder / f"{inner}.bin", folder / "tokens.bin"
     sizes = np.array([C, inner, L, H, H, -V, T], np.int32)  # -V: a head of its own
@@ -366,7 +365,7 @@ def bench_sample(args: argparse.Namespace) -> None:
 # ---- loss ----
 
 def load_run(args: argparse.Namespace, note: str) -> tuple:
-    """Prints which run it is. Returns its tokenizer, network and validation split, (N,)."""
+    """Returns a run's tokenizer, network and validation split, (N,), and prints which it is."""
     tokenizer, path = BasicTokenizer(out_dir=args.out_dir), args.out_dir / "model.pt"
     network, checkpoint = model.load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
     tokens = load_tokens(tokenizer, args.data_path, args.out_dir)
@@ -376,8 +375,8 @@ def load_run(args: argparse.Namespace, note: str) -> tuple:
 
 
 def token_losses(network: Callable, val: object, starts: object, first: int) -> tuple:
-    """Returns where in `val` the tokens lie that have `first` to T tokens of a window at `starts`
-    before them, and their losses in nats: both (len(starts) * (T - first + 1),)."""
+    """Returns places in `val` and losses, in nats, of the tokens that have `first` to T tokens of a
+    window at `starts` before them: both (len(starts) * (T - first + 1),)."""
     places, losses, T = [], [], network.config.block_size
     for part in starts.split(64):
         idx, targets = windows(val, part, T)
