@@ -63,7 +63,8 @@ def read_metrics(path: Path) -> Metrics:
                     number = bounded(float, 0) if name in KNOWN else float
                     columns.setdefault(name, []).append(number(str(cell or "nan")))
     except (ValueError, argparse.ArgumentTypeError, csv.Error) as error:
-        raise ValueError(f"{path}, line {rows.line_num}, column {name}: {error!s:.99}") from error
+        raise ValueError(f"{path}, line {rows.line_num}, column {name}: {error!s:.99}; "
+                         "mend that line or train again") from error
     layers = range(1, 1 + max(1, sum(name.endswith("_zeros") for name in columns)))
     try:
         metrics = {name: np.array(columns[name]) for name in KNOWN + LOSSES}
