@@ -596,28 +596,26 @@ class Trainer:
                           f"{self.iteration} or before: start a new run")
 
     def restore(self, last: dict) -> None:
-        """Goes on where `last` was saved: exactly there, on the same devices.
-
-        Raises ValueError for another network or another text.
-        """
+        """Goes on exactly where `last` was saved. Raises ValueError if it is of another run."""
         args, anew = self.args, "or start a new run in another --out_dir"
-        if (last["text"], last["tokenizer"]) != (self.text_hash, self.tokenizer.fingerprint):
-            raise ValueError(f"{args.data_path} and the tokenizer in {args.out_dir} are not those "
-                             f"this run began with: restore them, {anew}")
-        if last.get("teachers", []) != self.teacher_hashes:
-            raise ValueError(f"--teacher {shlex.join(args.teacher)}: not what this run began with; "
-                             f"restore it, {anew}")
+        teachers = f"--teacher {shlex.join(args.teacher)}"
+        for what, then, now in (
+                (f"the tokenizer in {args.out_dir}", last["tokenizer"], self.tokenizer.fingerprint),
+                (args.data_path, last["text"], self.text_hash),
+                (teachers, last.get("teachers", []), self.teacher_hashes)):
+            if then != now:
+                raise ValueError(f"{what}: not what this run began with; restore it, {anew}")
         free = {name: getattr(self.config, name) for name in ("dropout", "attention_dropout")}
-        if last["config"] | free != asdict(self.config):
-            raise ValueError(f"the run in {args.out_dir} has another network ({last['config']}): "
-                             f"leave its sizes as they are, {anew}")
-        if last["iteration"] > args.max_iters:
-            raise ValueError(f"the run in {args.out_dir} is at iteration {last['iteration']} "
-                             "already: give a larger --max_iters")
-        if len(last["optimizers"]) != len(self.optimizers):
-            began = "with" if len(self.optimizers) == 1 else "without"
-            raise ValueError(f"the run in {args.out_dir} began {began} Muon: "
-                             "leave --muon_lr as it is")
+        began = "without" if args.muon_lr else "with"
+        for differs, how in (
+                (last["config"] | free != asdict(self.config),
+                 f"has another network ({last['config']}): leave its sizes as they are, {anew}"),
+                (last["iteration"] > args.max_iters,
+                 f"is at iteration {last['iteration']} already: give a larger --max_iters"),
+                (len(last["optimizers"]) != len(self.optimizers),
+                 f"began {began} Muon: leave --muon_lr as it is")):
+            if differs:
+                raise ValueError(f"the run in {args.out_dir} {how}")
         try:
             self.restore_weights(last)
             self.restore_metrics(last)
@@ -804,21 +802,21 @@ class Trainer:
     def load_teacher(self, path: Path) -> GPT:
         """Loads a teacher. Raises ValueError if this network cannot learn from it."""
         args, (teacher, entries) = self.args, load_model(path)
-        if entries.get("int8"):
-            raise ValueError(f"--teacher {path} is int8: name the model.pt it was made from")
-        tokenizer = entries.get("tokenizer"), teacher.config.vocab_size
-        if tokenizer != (self.tokenizer.fingerprint, args.vocab_size):
-            raise ValueError(f"--teacher {path} was trained with another tokenizer than that in "
-                             f"{args.out_dir}: copy merges.pkl and vocab.pkl from its folder into "
-                             "a new --out_dir, and train there with its --vocab_size")
-        if entries.get("text") != self.text_hash:
-            raise ValueError(f"--teacher {path} was trained on another text than {args.data_path}, "
-                             "perhaps on what this network is validated on: use a teacher trained "
-                             "on the same text")
-        if teacher.config.block_size < args.block_size:
-            raise ValueError(f"--teacher {path} has a context of {teacher.config.block_size} "
-                             f"tokens: use --block_size {teacher.config.block_size}, or another "
-                             "teacher")
+        tokenizer, context = entries.get("tokenizer"), teacher.config.block_size
+        for unfit, why in (
+                (entries.get("int8"), "is int8: name the model.pt it was made from"),
+                (tokenizer != self.tokenizer.fingerprint
+                 or teacher.config.vocab_size != args.vocab_size,
+                 f"was trained with another tokenizer than that in {args.out_dir}: copy merges.pkl "
+                 "and vocab.pkl from its folder into a new --out_dir, and train there with its "
+                 "--vocab_size"),
+                (entries.get("text") != self.text_hash,
+                 f"was trained on another text than {args.data_path}, perhaps on what this network "
+                 "is validated on: use a teacher trained on the same text"),
+                (context < args.block_size, f"has a context of {context} tokens: use --block_size "
+                 f"{context}, or another teacher")):
+            if unfit:
+                raise ValueError(f"--teacher {path} {why}")
         return teacher.to(self.device)
 
     def summary(self) -> str:
@@ -1047,9 +1045,6 @@ def lock(out_dir: Path) -> io.TextIOWrapper:
 
     Raises ValueError if another training holds it, OSError if it cannot be written.
     """
-    if out_dir.exists() and PRETRAINED.exists() and out_dir.samefile(PRETRAINED):
-        raise ValueError(f"--out_dir {out_dir} holds the network that comes with the repository: "
-                         "choose another folder")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         file = open(out_dir / ".lock", "w")
@@ -1162,25 +1157,24 @@ def make_parser() -> argparse.ArgumentParser:
     """Declares the flags: those of FLAGS, and those that are not numbers."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    files = parser.add_argument_group("files")
+    add = parser.add_argument_group("files").add_argument
     # paths become absolute, as --resume may be called from another folder
-    files.add_argument("--data_path", type=lambda path: Path(path).resolve(), default=DEFAULT_TEXT,
-                       help="any UTF-8 text (default: data/input.txt, Tiny Shakespeare)")
-    files.add_argument("--out_dir", type=Path, default=CHECKPOINTS,
-                       help="folder for all a run makes (default: checkpoints/)")
-    files.add_argument("--preset", choices=PRESETS, default="reference",
-                       help="values for the flags not given: those of the published run "
-                       "(reference), of one that has a lower loss in minutes (fast), or "
-                       "of a longer one that gets farther, above all with a --teacher (best) "
-                       "(default: reference)")
-    files.add_argument("--teacher", type=lambda path: str(Path(path).resolve()), nargs="+",
-                       default=[], metavar="MODEL.PT", help="networks of the same tokenizer, "
-                       "whose expectations this one learns, too (default: from the text alone)")
-    files.add_argument("--init_from", type=lambda path: one_file(path).resolve(),
-                       metavar="MODEL.PT", help="network whose weights, and the tokenizer beside "
-                       "it, a new run starts from, on any text (default: random weights)")
-    files.add_argument("--resume", action="store_true",
-                       help="go on from last.pt in --out_dir, with its flags unless given anew")
+    add("--data_path", type=lambda path: Path(path).resolve(), default=DEFAULT_TEXT,
+        help="any UTF-8 text (default: data/input.txt, Tiny Shakespeare)")
+    add("--out_dir", type=Path, default=CHECKPOINTS,
+        help="folder for all a run makes (default: checkpoints/)")
+    add("--preset", choices=PRESETS, default="reference",
+        help="values for the flags not given: those of the published run (reference), of one that "
+        "has a lower loss in minutes (fast), or of a longer one that gets farther, above all with "
+        "a --teacher (best) (default: reference)")
+    add("--teacher", type=os.path.realpath, nargs="+", default=[], metavar="MODEL.PT",
+        help="networks of the same tokenizer, whose expectations this one learns, too (default: "
+        "from the text alone)")
+    add("--init_from", type=lambda path: one_file(path).resolve(), metavar="MODEL.PT",
+        help="network whose weights, and the tokenizer beside it, a new run starts from, on any "
+        "text (default: random weights)")
+    add("--resume", action="store_true",
+        help="go on from last.pt in --out_dir, with its flags unless given anew")
     network = parser.add_argument_group("network")
     training = parser.add_argument_group("training")
     of_network = {field.name for field in fields(GPTConfig)}
@@ -1191,16 +1185,15 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(f"--{name}", type=bounded(kind, smallest, less_than), default=default,
                            metavar="N" if kind is int else "X",
                            help=f"{meaning}{limit} (default: {default})")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the "
-                         "first of these that is there)")
-    machine.add_argument("--dtype", default="auto",
-                         choices=["auto", "float32", "bfloat16", "float16"],
-                         help="number format of the arithmetic (default: bfloat16 where the "
-                         "hardware has it, else float16 on a CUDA GPU, else float32)")
-    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                         help="fuse the operations of each block with torch.compile "
-                         "(default: where it can, on CUDA)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto",
+        help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="number format of the arithmetic (default: bfloat16 where the hardware has it, else "
+        "float16 on a CUDA GPU, else float32)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="fuse the operations of each block with torch.compile (default: where it can, on "
+        "CUDA)")
     return parser
 
 
@@ -1304,7 +1297,10 @@ def check_network(parser: argparse.ArgumentParser, flag: str, path: Path, out_di
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends with a usage error where flags do not go together."""
+    """Ends with a usage error where flags do not go together. Raises ValueError."""
+    if args.out_dir.exists() and PRETRAINED.exists() and args.out_dir.samefile(PRETRAINED):
+        raise ValueError(f"--out_dir {args.out_dir} holds the network that comes with the "
+                         "repository: choose another folder")
     args.teacher = [str(path) for pattern in args.teacher for path in matching(pattern)]
     for path in args.teacher:
         check_network(parser, "--teacher", Path(path), args.out_dir)

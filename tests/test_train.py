@@ -48,7 +48,7 @@ def make_trainer(new_trainer, tiny_text, tmp_path):
 
 @pytest.fixture
 def refusal(capsys):
-    """Returns what train or resume is refused with: the text of an error, usage errors included."""
+    """Returns the message with which train or resume is refused, usage errors included."""
     def refusal_of(call, *args):
         capsys.readouterr()
         with pytest.raises((ValueError, OSError, SystemExit)) as caught:
@@ -321,7 +321,7 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one(
 
 @pytest.fixture
 def long_run(tiny_text, tmp_path):
-    """Starts a long training, waits until it trains, and kills it in the end if it still does."""
+    """Starts long trainings, waits until they train, and kills them in the end."""
     processes = []
 
     def start_one(*flags, **options):
@@ -383,24 +383,22 @@ def test_a_signal_ignored_from_the_start_stays_ignored(long_run):
     assert process.poll() is None
 
 
-@pytest.fixture
-def stop(monkeypatch):
+def fail(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_under_its_output_ends_no_run(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
-    return script.Stop()
-
-
-def test_a_full_disk_under_its_output_ends_no_run(stop, monkeypatch):
-    def write(line):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(script.tqdm, "write", write)
+    monkeypatch.setattr(script.tqdm, "write", fail)
+    stop = script.Stop()
     stop.tell("iteration 20: ...")
     assert not stop.requested
 
 
-def test_a_second_ctrl_c_ends_at_once_unless_passed_on(stop, monkeypatch):
-    clock = iter([10, 12, 14])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+def test_a_second_ctrl_c_ends_at_once_unless_passed_on(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(time, "monotonic", iter([10, 12, 14]).__next__)
+    stop = script.Stop()
     stop.note(signal.SIGINT, None)
     stop.note(signal.SIGINT, None)  # from torchrun, say, after the terminal's
     with pytest.raises(KeyboardInterrupt):
@@ -424,7 +422,7 @@ def test_where_last_pt_is_damaged_or_gone_its_predecessor_serves(resume, tiny_ru
 
 def test_resuming_what_is_not_that_run_is_refused(resume, tiny_run, tmp_path, other_text, refusal):
     for message, *flags in (("another network", "--n_layer", 3),
-                            ("not those this run began with", "--data_path", other_text),
+                            (f"{other_text}: not what this run", "--data_path", other_text),
                             ("at iteration 60 already", "--max_iters", 50),
                             ("without Muon", "--muon_lr", 0.1),
                             ("error: --seed was 1337", "--seed", 2),
@@ -661,10 +659,7 @@ def test_without_a_text_it_ends_as_prepare_does(train_here, tmp_path, monkeypatc
 
 
 def test_a_drive_without_locks_is_no_obstacle(tmp_path, monkeypatch):
-    def none(file, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", none)
+    monkeypatch.setattr("fcntl.flock", fail)
     script.lock(tmp_path).close()
 
 
@@ -730,7 +725,6 @@ def test_the_schedule_warms_up_and_follows_a_cosine():
 # ---- more than one process ----
 
 def start_two(folder, text, *args, script=ROOT / "train.py"):
-    """Starts training on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                script, *TINY, "--data_path", text, "--out_dir", folder, *args]
     return subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE,
@@ -739,7 +733,6 @@ def start_two(folder, text, *args, script=ROOT / "train.py"):
 
 
 def run_two(*args, **options):
-    """Trains on two processes, to the end."""
     process = start_two(*args, **options)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
