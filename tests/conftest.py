@@ -1,6 +1,5 @@
 """What the tests share: running a script, the real text, and a tiny network trained in seconds."""
 import csv
-import importlib
 import multiprocessing
 import os
 import runpy
@@ -9,12 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import pytest
-from tqdm import tqdm
 
 # a shell starts what it runs in the background deaf to Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,28 +38,40 @@ def run(script, *args, **options):
     """
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     if options or sys.platform != "linux":
-        defaults = {"text": True, "capture_output": True, "timeout": 300}
-        return subprocess.run(command, **defaults | {"stdin": subprocess.DEVNULL} | options)
+        defaults = {"text": True, "capture_output": True, "stdin": subprocess.DEVNULL}
+        return subprocess.run(command, **defaults | {"timeout": 300} | options)
     with tempfile.TemporaryDirectory() as folder:
         output = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        process = FORKS.Process(target=run_file, args=(command[1:], output, dict(os.environ)))
-        process.start()
-        process.join(300)
-        process.kill()  # in case it takes too long
-        process.join()
+        status = fork(run_file, command[1:], output, dict(os.environ), seconds=300)
         texts = [path.read_text(encoding="utf-8") for path in output]
-    return subprocess.CompletedProcess(command, process.exitcode, *texts)
+    return subprocess.CompletedProcess(command, status, *texts)
 
 
 def start(script, *args, **options):
     """Starts a script of the repository, with pipes for its output as text."""
     defaults = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, ROOT / script, *args]
-    return subprocess.Popen([*map(str, command)], **defaults | options)
+    command = [sys.executable, ROOT / script, *map(str, args)]
+    return subprocess.Popen(command, **defaults | options)
+
+
+def python(code, *args, **options):
+    """Runs Python code in a process of its own. Returns it finished, with its output as text."""
+    defaults = {"cwd": ROOT, "text": True, "capture_output": True}
+    return subprocess.run([sys.executable, "-c", code, *args], **defaults | options)
 
 
 FORKS = multiprocessing.get_context("forkserver")  # has libraries loaded: scripts start at once
 FORKS.set_forkserver_preload(["matplotlib.figure", "torch._dynamo", "torch.ao.quantization"])
+
+
+def fork(function, *args, seconds=None):
+    """Calls a function in a process, which it kills after so many seconds. Returns its status."""
+    process = FORKS.Process(target=function, args=args)
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def run_file(argv, output, environment):
@@ -75,23 +84,12 @@ def run_file(argv, output, environment):
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def run_main(module, args, patch, environment):
-    """Runs main() of a script, some of its names replaced, without output, for FORKS."""
-    os.environ.update(environment)
-    tqdm.set_lock(threading.RLock())  # else a killed process leaves a semaphore
-    script = importlib.import_module(module)
-    vars(script).update(patch)
-    sys.argv = [f"{module}.py", *args]
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    script.main()
-
-
 def complaint(process, status=1):
-    """Returns the one line a failed script leaves on standard error; fails at a traceback, say."""
+    """Returns the one line of a failed script, beside usage or what generate.py samples from."""
     assert process.returncode == status, process.stdout + process.stderr
-    lines = [line for line in process.stderr.splitlines()
-             if status == 1 or not line.startswith(("usage:", " "))]
-    assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr
+    others = "using " if status == 1 else ("usage:", " ")
+    lines = [line for line in process.stderr.splitlines() if not line.startswith(others)]
+    assert len(lines) == 1, process.stderr
     return lines[0]
 
 
@@ -133,7 +131,7 @@ def same(a, b):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
-    return a == b or a != a and b != b
+    return a == b
 
 
 def same_weights(a, b):
@@ -158,8 +156,8 @@ def shakespeare():
 def tiny_text(tmp_path_factory):
     """A text of 20,000 characters with something to learn, an accent and a dash in it."""
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
-    who = ("ROMEO", "JULIET", "NURSE")
-    what = ("speak", "be gone", "good night", "what say you")
+    who = "ROMEO", "JULIET", "NURSE"
+    what = "speak", "be gone", "good night", "what say you"
     lines = [f"{who[n % 3]}: {what[n % 4]} \u2014 {n * n % 97} caf\u00e9s.\n" for n in range(700)]
     path.write_text("".join(lines), encoding="utf-8")
     return path
@@ -167,7 +165,7 @@ def tiny_text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_text, tmp_path_factory):
-    """The folder of a run of 60 iterations with a tiny network. Read it, don't change it."""
+    """The folder of 60 iterations of a tiny network. Read it, don't change it."""
     folder = tmp_path_factory.mktemp("run")
     process = run("train.py", *TINY, "--data_path", tiny_text, "--out_dir", folder,
                   "--max_iters", 60, "--eval_interval", 20, "--learning_rate", "3e-3")
@@ -178,7 +176,7 @@ def finished_run(tiny_text, tmp_path_factory):
 
 @pytest.fixture
 def tiny_run(finished_run, tmp_path):
-    """A copy of that folder, to change at will."""
+    """A copy of it, to change at will."""
     return shutil.copytree(finished_run, tmp_path / "run")
 
 

@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, complaint, run, start
+from conftest import complaint, python, run, start
 from generate import main, spelling, take_back, write_stream
 from model import load_model
 from tokenizer import TEMPERATURE, BasicTokenizer
@@ -33,7 +32,7 @@ def sample(finished_run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("prompt", ["\n", "ROMEO:"])
-def test_samples_depend_on_the_seed_alone_and_not_even_on_that_without_chance(sample, prompt):
+def test_samples_depend_on_the_seed_alone_and_without_chance_on_nothing(sample, prompt):
     def samples(number, seed, temperature=1):
         text, _ = sample("--prompt", prompt, "--num_samples", number, "--seed", seed,
                          "--max_new_tokens", 40, "--temperature", temperature)
@@ -67,10 +66,10 @@ def test_what_is_printed_begins_with_the_prompt_byte_for_byte(finished_run, samp
 
 # ---- the end of a prompt ----
 
-def test_the_line_ends_where_the_end_of_the_prompt_and_the_line_end_are_one_token(sample):
+def test_a_line_ends_where_the_end_of_the_prompt_and_its_own_are_one_token(sample):
     prompt = "NURSE: good night \u2014 12 caf\u00e9s."
     text, _ = sample("--num_samples", 100, "--max_new_tokens", 12, "--prompt", prompt)
-    assert text.decode().count(f"{prompt}\n") > 50  # where nothing is taken back, none
+    assert text.decode().count(f"{prompt}\n") > 50  # none where nothing is taken back
 
 
 def test_the_fewest_tokens_are_taken_back_that_a_longer_one_could_replace(finished_run, tiny_text):
@@ -82,8 +81,9 @@ def test_the_fewest_tokens_are_taken_back_that_a_longer_one_could_replace(finish
         ids = tokenizer.encode_array(prompt).tolist()
         kept, taken = take_back(ids, vocab)
         assert tokenizer.decode_bytes(kept) + taken == prompt and kept == ids[:len(kept)] != []
-        reach = max(length for length in range(len(prompt) + 1) for token in vocab.values()
-                    if token.startswith(end := prompt[len(prompt) - length:]) and token != end)
+        ends = [prompt[n:] for n in range(len(prompt) + 1)]
+        reach = max(len(end) for end in ends for token in vocab.values()
+                    if token.startswith(end) and token != end)
         assert len(taken) >= reach or len(kept) == 1
         assert not taken or len(taken) - len(vocab[ids[len(kept)]]) < reach
         seen.add(len(ids) - len(kept))
@@ -107,10 +107,11 @@ def test_each_row_spells_the_end_of_the_prompt_in_tokens_of_its_own(finished_run
 def test_a_prompt_file_is_read_like_a_text(sample, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfROMEO:\r\nspeak\r")
     monkeypatch.chdir(tmp_path)
-    given, (text, notes) = sample("--prompt", "ROMEO:\nspeak\n"), sample("--prompt_file", "pro*")
-    assert text == given[0] and "note: prompt.txt has CRLF or CR line ends" in notes
+    given, _ = sample("--prompt", "ROMEO:\nspeak\n")
+    text, notes = sample("--prompt_file", "pro*")
+    assert text == given and "note: prompt.txt has CRLF or CR line ends" in notes
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ROMEO:\nspeak\n")))
-    assert sample("--prompt_file", "-")[0] == given[0]
+    assert sample("--prompt_file", "-")[0] == given
     text, notes = sample("--prompt", "prompt.txt")
     assert text.startswith(b"prompt.txt") and "note: prompt.txt is a file's name" in notes
 
@@ -132,7 +133,7 @@ def test_each_token_is_shown_at_once_but_no_half_character():
 
 
 def test_the_output_is_valid_utf8_at_every_flush(finished_run):
-    flags = "--temperature", "50", "--max_new_tokens", "400", "--seed", "0"  # breaks characters
+    flags = "--temperature", 50, "--max_new_tokens", 400, "--seed", 0  # breaks characters
     process = start("generate.py", "--out_dir", finished_run, *flags, stderr=None, text=False)
     pieces = iter(lambda: os.read(process.stdout.fileno(), 65536), b"")
     assert "\ufffd" in "".join(piece.decode("utf-8") for piece in pieces)  # none ends in one
@@ -140,7 +141,7 @@ def test_the_output_is_valid_utf8_at_every_flush(finished_run):
 
 
 def test_an_interrupt_ends_cleanly_with_what_there_is(finished_run):
-    process = start("generate.py", "--out_dir", finished_run, "--max_new_tokens", "1000000")
+    process = start("generate.py", "--out_dir", finished_run, "--max_new_tokens", 10**6)
     first = process.stdout.read(50)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -151,12 +152,12 @@ def test_an_interrupt_ends_cleanly_with_what_there_is(finished_run):
 @pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() < 2 or "openblas" not in str(
     np.show_config(mode="dicts")), reason="counts OpenBLAS's threads in /proc")
 @pytest.mark.parametrize("own, threads", [(None, 1), ("2", 2)])
-def test_numpy_gets_one_thread_unless_told_otherwise_and_pytorch_all(own, threads):
-    environ = {key: os.environ[key] for key in os.environ if key != "OPENBLAS_NUM_THREADS"}
-    code = ("import os, generate as g; print(len(os.listdir('/proc/self/task')), "
-            "os.environ.get('OPENBLAS_NUM_THREADS'), g.torch.get_num_threads())")
-    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True,
-                                   env=environ | ({"OPENBLAS_NUM_THREADS": own} if own else {}))
+def test_numpy_gets_one_thread_unless_told_otherwise_and_pytorch_all(monkeypatch, own, threads):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", own)
+    said = python("import os, generate as g; print(len(os.listdir('/proc/self/task')), "
+                  "os.environ.get('OPENBLAS_NUM_THREADS'), g.torch.get_num_threads())").stdout
     assert said.split() == [str(threads), str(own), str(torch.get_num_threads())]
 
 
@@ -173,14 +174,13 @@ def test_training_and_quantizing_show_the_text_that_is_sampled_by_default(tiny_r
 
 
 def test_what_is_missing_or_wrong_is_named(finished_run, tiny_text, tmp_path):
-    alone, none, other = (tmp_path / name for name in ("model.pt", "none", "other"))
-    shutil.copy(finished_run / "model.pt", alone)
+    none, other = tmp_path / "none", tmp_path / "other"
+    alone = shutil.copy(finished_run / "model.pt", tmp_path)
     BasicTokenizer(tiny_text, 290, out_dir=other)
     for message, *flags in (
             ("no checkpoint at .*none: train one with `python train.py`", "--checkpoint", none),
             ("no checkpoint at .*other.model.pt", "--out_dir", other),
             ("copy merges.pkl and vocab.pkl", "--out_dir", tmp_path),
             ("another tokenizer", "--out_dir", other, "--checkpoint", alone),
-            ("cannot read .*none", "--out_dir", finished_run, "--prompt_file", none),
-            ("--device tpu", "--out_dir", finished_run, "--device", "tpu")):
+            ("cannot read .*none", "--prompt_file", none), ("--device tpu", "--device", "tpu")):
         assert re.search(message, complaint(run("generate.py", *flags)))

@@ -1,9 +1,8 @@
 """model.py: the network is the textbook's, each fast path is the lesson's, checkpoints are safe."""
 import math
-import subprocess
-import sys
-import zipfile
-from dataclasses import asdict
+import os
+import shutil
+from dataclasses import asdict, replace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -12,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from conftest import ROOT
+from conftest import complaint, python, same
 from model import (
     GPT,
-    CausalSelfAttention,
     Decoder,
     Dropout,
     GPTConfig,
@@ -60,8 +58,8 @@ def test_an_untrained_network_knows_nothing_and_may_start_as_gpt_2():
     for name, p in model.named_parameters():
         if p.dim() == 2:
             writes = name.endswith(("proj.weight", "down.weight"))  # into the residual stream
-            expected = 0.02 / math.sqrt(10) if writes else 0.02
-            assert abs(p.std() / expected - 1) < 0.02 and abs(p.mean()) < expected / 50, name
+            std = 0.02 / math.sqrt(10) if writes else 0.02
+            assert abs(p.std() / std - 1) < 0.02 and abs(p.mean()) < std / 50, name
         else:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
 
@@ -74,10 +72,11 @@ def test_the_network_is_the_textbook(small):
     assert_close(logits, expected, atol=1e-5, rtol=0)
     expected_loss = F.cross_entropy(expected.flatten(0, 1) * 2, idx.flatten())
     assert_close(loss, expected_loss)
-    weights = small.head.weight, small.token_embedding.weight
-    theirs = textbook.lm_head.weight, textbook.token_embedding_table.weight
-    ours, theirs = torch.autograd.grad(loss, weights), torch.autograd.grad(expected_loss, theirs)
-    assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    loss.backward()
+    expected_loss.backward()
+    for ours, theirs in ((small.head, textbook.lm_head),
+                         (small.token_embedding, textbook.token_embedding_table)):
+        assert_close(ours.weight.grad, theirs.weight.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bad, message", [
@@ -87,7 +86,7 @@ def test_the_network_is_the_textbook(small):
     ({"dropout": math.nan}, "dropout")])
 def test_impossible_configs_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
-        GPTConfig(**asdict(SMALL) | bad)
+        replace(SMALL, **bad)
 
 
 def test_contexts_too_long_or_empty_are_refused(small):
@@ -109,7 +108,7 @@ def test_dropout_masks_have_the_right_probability(p, dtype, monkeypatch):
     assert abs(mask.double().mean().item() - (1 - p)) < 2e-5
 
 
-def test_dropout_draws_independently_keeps_the_mean_and_is_off_in_eval():
+def test_dropout_draws_independently_and_is_off_in_eval():
     torch.manual_seed(0)
     layer, x = Dropout(0.2), torch.ones(4_000_003)
     y = layer(x).double()
@@ -124,7 +123,7 @@ def test_dropout_draws_independently_keeps_the_mean_and_is_off_in_eval():
 
 @pytest.mark.parametrize("dropout", [0, 0.2])
 @pytest.mark.parametrize("T", [1, 64, 65, 256])
-def test_attention_as_a_cpu_has_it_is_that_of_the_lesson(T, dropout, monkeypatch):
+def test_attention_on_a_cpu_is_that_of_the_lesson(T, dropout, monkeypatch):
     torch.manual_seed(0)
     inputs = [torch.randn(5, 2, T, 7, requires_grad=True) for _ in range(3)]
     kept = torch.rand(5, 2, T, T) >= dropout
@@ -135,13 +134,13 @@ def test_attention_as_a_cpu_has_it_is_that_of_the_lesson(T, dropout, monkeypatch
 
     monkeypatch.setattr("model.keep_mask", part_of_kept)
     monkeypatch.setattr(F, "dropout", lambda weights, p: weights * kept / (1 - p))
-    ours, expected = cpu_attention(*inputs, dropout), attention(*inputs, dropout)[0]
-    assert_close(ours, expected)
-    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in (ours, expected)]
+    results = cpu_attention(*inputs, dropout), attention(*inputs, dropout)[0]
+    assert_close(*results)
+    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in results]
     assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_blocks_as_a_gpu_has_them_compile_as_a_whole_and_compute_the_same(small, monkeypatch):
+def test_blocks_on_a_gpu_compile_as_a_whole_and_compute_the_same(small, monkeypatch):
     idx, weights = random_ids(3, 16), list(small.blocks.parameters())
     caches = torch.zeros(2, 2, 2, 3, 4, 16, 5)  # heads of 5 channels, which a GPU pads to 8
 
@@ -151,7 +150,7 @@ def test_blocks_as_a_gpu_has_them_compile_as_a_whole_and_compute_the_same(small,
         return logits, caches, *torch.autograd.grad(small(idx, idx)[1], weights)
 
     expected = results(caches[0])
-    monkeypatch.setattr(CausalSelfAttention, "forward", gpu_attention)
+    monkeypatch.setattr("model.CausalSelfAttention.forward", gpu_attention)
     monkeypatch.setattr(Dropout, "forward", torch.nn.Dropout.forward)
     for block in small.blocks:
         block.compile(backend="aot_eager", fullgraph=True)  # fails where a part would be left out
@@ -165,14 +164,14 @@ def check_decoding(network, batch_size, step=lambda decoder, token, t: decoder.s
                    atol=1e-4):
     """Compares the logits of a decoder with those of the network, which has no cache."""
     idx, decoder = random_ids(batch_size, 16), Decoder(network, batch_size)
-    expected, logits = network(idx)[0], [decoder.prefill(idx[:, :5])]
+    logits = [decoder.prefill(idx[:, :5])]
     with torch.inference_mode():
         logits += [step(decoder, idx[:, t], t) for t in range(5, 16)]
-    assert_close(torch.stack(logits, 1), expected[:, 4:], atol=atol, rtol=0)
+    assert_close(torch.stack(logits, 1), network(idx)[0][:, 4:], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("batch_size, sharpness", [(1, 1), (1, 30), (3, 1), (17, 1)])
-def test_logits_with_the_cache_equal_logits_without(small, batch_size, sharpness):
+def test_logits_with_the_cache_equal_those_without(small, batch_size, sharpness):
     for p in small.parameters():
         p.data += 0.1 * torch.randn_like(p)  # norms, too, are as a training leaves them
     for block in small.blocks:
@@ -182,18 +181,16 @@ def test_logits_with_the_cache_equal_logits_without(small, batch_size, sharpness
 
 @pytest.mark.parametrize("rows, threads", [(3, 1), (17, 2)])
 def test_a_step_of_few_rows_takes_one_thread_and_gives_the_others_back(small, rows, threads):
-    seen, idx, before = [], random_ids(rows, 1), torch.get_num_threads()
-    decoder = Decoder(small, rows)
+    decoder, idx, before = Decoder(small, rows), random_ids(rows, 1), torch.get_num_threads()
     decoder.prefill(idx)
-    decoder.read = lambda *args: seen.append(torch.get_num_threads())
+    decoder.read = lambda *args: torch.get_num_threads()
     torch.set_num_threads(2)
-    decoder.step(idx[:, 0])
-    after = torch.get_num_threads()
+    seen = decoder.step(idx[:, 0]), torch.get_num_threads()
     torch.set_num_threads(before)
-    assert (seen, after) == ([threads], 2)
+    assert seen == (threads, 2)
 
 
-def test_a_step_of_fixed_shapes_as_a_cuda_graph_has_it_gives_the_same_logits(small):
+def test_a_step_of_fixed_shapes_for_a_cuda_graph_gives_the_same_logits(small):
     def step(decoder, token, t):
         decoder.caches[..., t:, :] = 0
         future = torch.zeros(1, 1, 16).masked_fill(torch.arange(16) > t, float("-inf"))
@@ -215,9 +212,9 @@ def test_text_and_losses_on_a_gpu_are_those_on_the_cpu(small):
 
 
 @pytest.mark.parametrize("length, window", [(1, 16), (100, 16), (1, 1)])
-def test_greedy_text_is_that_of_a_loop_that_reads_half_of_a_full_window_again(length, window):
+def test_greedy_text_is_that_of_a_loop_that_reads_half_a_full_window_again(length, window):
     torch.manual_seed(0)
-    network = GPT(GPTConfig(**asdict(SMALL) | {"block_size": window})).eval()
+    network = GPT(replace(SMALL, block_size=window)).eval()
     text = idx = random_ids(2, length)
     start = max(0, length - window)
     for _ in range(40):
@@ -245,30 +242,29 @@ def test_a_sample_depends_on_its_seed_and_row_alone(small):
     (0.7, None, None), (1.5, 1, None), (1, 5, None), (1, None, 0.5), (1, 7, 0.6), (1, 100, 1.0)])
 def test_draws_follow_the_softmax_of_the_likeliest(temperature, top_k, top_p):
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(4)) * 2
-    probs = dict(enumerate((logits[0].double() / temperature).softmax(-1).tolist()))
-    kept = sorted(probs, key=probs.get, reverse=True)[:top_k]
-    most = (top_p or 1) * sum(probs[token] for token in kept)
-    before = [sum(probs[token] for token in kept[:n]) for n in range(len(kept))]
-    kept = [token for token, total in zip(kept, before) if total < most]
+    expected = (logits[0].double() / temperature).softmax(-1)
+    likeliest = expected.sort(descending=True).indices
+    expected[likeliest[top_k or 30:]] = 0
+    before = expected[likeliest].cumsum(0) - expected[likeliest]
+    expected[likeliest[before >= (top_p or 1) * expected.sum()]] = 0
     uniform = (torch.arange(20_000) + 0.5) / 20_000  # a fine comb in place of chance
     draws = sample(logits.expand(20_000, -1), uniform, temperature, top_k, top_p)
     share = torch.bincount(draws, minlength=30) / 20_000
-    expected = torch.tensor([probs[token] if token in kept else 0 for token in range(30)])
-    assert_close(share, expected / expected.sum(), atol=2e-4, rtol=0)
+    assert_close(share.double(), expected / expected.sum(), atol=2e-4, rtol=0)
     assert not share[expected == 0].any()
 
 
 @pytest.mark.parametrize("uniform, bounds, token", [
     (0, {}, 1), (1 - 2**-24, {}, 2), *((0, {name: tiny}, 2) for name in ("temperature", "top_p")
                                        for tiny in (0, 1e-9, 1e-45, 5e-324))])
-def test_the_ends_of_the_unit_interval_and_tiny_bounds_draw_possible_tokens(uniform, bounds, token):
+def test_the_ends_of_chance_and_tiny_bounds_draw_possible_tokens(uniform, bounds, token):
     logits = torch.tensor([[-1e9, 0.0, 1.0, -1e9]])
     assert sample(logits, torch.tensor([float(uniform)]), **bounds).item() == token
 
 
 # ---- data ----
 
-def test_the_last_tenth_validates_and_holds_a_window_and_its_last_target():
+def test_the_last_tenth_validates_and_holds_a_window_and_its_target():
     train, val = split(np.arange(574_057), 256)
     assert (len(train), len(val)) == (516_651, 57_406) and val[0] == train[-1] + 1
     split(np.arange(170), 16)
@@ -296,7 +292,7 @@ def test_mean_loss_is_the_mean_over_all_tokens(small):
 # ---- devices ----
 
 def test_a_gpu_is_chosen_with_its_number_and_no_other_is_touched(monkeypatch, capsys):
-    """For the last of four, PyTorch has no kernels: it counts as absent."""
+    """PyTorch has no kernels for the last of four, which counts as absent."""
     touched = set()
 
     def ones(*shape, device):
@@ -306,7 +302,7 @@ def test_a_gpu_is_chosen_with_its_number_and_no_other_is_touched(monkeypatch, ca
         return torch.zeros(shape)
 
     monkeypatch.setattr(torch, "cuda", MagicMock(
-        is_available=lambda: True, device_count=lambda: 4, get_device_name=lambda gpu: "P100"))
+        device_count=lambda: 4, get_device_name=lambda gpu: "P100"))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch, "ones", ones)
     for name, own, chosen in (("auto", 0, "cuda:0"), ("auto", 2, "cuda:2"), ("auto", 3, "cpu"),
@@ -346,15 +342,9 @@ def test_threads_are_no_more_than_the_cores_that_may_be_used(monkeypatch):
     assert threads == [1]
 
 
-def python(program, *args):
-    command = [sys.executable, "-c", program, *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def test_a_pytorch_too_old_is_told_in_one_line():
     process = python("import torch; torch.__version__ = '2.8.1'; import model")
-    assert process.returncode == 1
-    assert process.stderr == "PyTorch 2.8.1 is too old: pip install -r requirements.txt\n"
+    assert complaint(process) == "PyTorch 2.8.1 is too old: pip install -r requirements.txt"
 
 
 # ---- checkpoints ----
@@ -369,9 +359,8 @@ def test_a_checkpoint_brings_back_the_network_bit_for_bit(small, tmp_path, scale
     weights = {name: weight * scale for name, weight in small.state_dict().items()}
     save(tmp_path / "model.pt", small, model=weights)
     network, rest = load_model(tmp_path / "model.pt", "abc")
-    kept = network.state_dict()
-    assert kept.keys() == weights.keys() and not network.training and rest["iteration"] == 5
-    assert all(torch.equal(kept[name], weights[name]) for name in weights)
+    assert same(dict(network.state_dict()), weights)
+    assert not network.training and rest["iteration"] == 5
     if scale < 1:
         assert network.generate(random_ids(1, 1), 30, seed=1).unique().numel() > 1
 
@@ -384,22 +373,21 @@ def test_a_checkpoint_is_loaded_without_importing_the_compiler(small, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["x86", "qnnpack"])  # which is what ARM has
-def test_an_int8_checkpoint_is_a_quarter_and_brings_back_nearly_the_same(
-        tmp_path, monkeypatch, recwarn, engine):
+def test_an_int8_checkpoint_is_small_and_nearly_the_same(tmp_path, monkeypatch, recwarn, engine):
     if engine not in torch.backends.quantized.supported_engines:
         pytest.skip(f"this PyTorch was built without {engine}")
     for module in "model", "quantize":
         monkeypatch.setattr(f"{module}.int8_engine", lambda: engine)
     torch.manual_seed(0)
     published, idx = GPT(GPTConfig()).eval(), random_ids(2, 64, vocab_size=500)
-    save(tmp_path / "model.pt", published)
-    save(tmp_path / "int8.pt", published, model=quantize_dynamic(published), int8=True)
-    loaded, _ = load_model(tmp_path / "int8.pt")
+    whole, int8 = tmp_path / "model.pt", tmp_path / "int8.pt"
+    save(whole, published)
+    save(int8, published, model=quantize_dynamic(published), int8=True)
+    loaded, _ = load_model(int8)
     logits, expected = loaded(idx)[0], published(idx)[0]
     assert 0 < (logits - expected).norm() / expected.norm() < 0.05
     check_decoding(loaded, 3, atol=0.1)  # a layer rounds its inputs of all rows together
-    size, whole = ((tmp_path / name).stat().st_size for name in ("int8.pt", "model.pt"))
-    assert size <= 0.27 * whole and not recwarn.list
+    assert int8.stat().st_size <= 0.27 * whole.stat().st_size and not recwarn.list
 
 
 class Evil:
@@ -409,17 +397,15 @@ class Evil:
         return exec, ("raise SystemExit('code ran')",)
 
 
-def compressed(path):
-    with zipfile.ZipFile(path) as source:
-        entries = {name: source.read(name) for name in source.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-        for name, data in entries.items():
-            target.writestr(name, data)
+def compress(path):
+    shutil.unpack_archive(path, path.parent / "parts", "zip")
+    shutil.make_archive(path, "zip", path.parent / "parts")
+    os.replace(f"{path}.zip", path)
 
 
 CONFIG, WEIGHTS = asdict(SMALL), GPT(SMALL).state_dict()
-BROKEN = {  # entries of a checkpoint, or what becomes of one; tests/attacks has those damaged
-    "compressed": compressed, "a list": lambda path: torch.save([1, 2], path),
+BROKEN = {  # entries of a checkpoint, or what becomes of one; tests/attacks has damaged ones
+    "compressed": compress, "a list": lambda path: torch.save([1, 2], path),
     "code": {"x": Evil()},
     "no weights": {"model": None}, "int8 without scales": {"int8": True},
     "an unknown setting": {"config": CONFIG | {"n_experts": 8}},

@@ -5,7 +5,7 @@ from conftest import complaint, contents, run
 from model import load_checkpoint
 
 
-def test_it_prints_before_and_after_and_two_samples(tiny_run, tiny_text):
+def test_it_prints_before_and_after(tiny_run, tiny_text):
     process = run("quantize.py", "--out_dir", tiny_run, "--data_path", tiny_text,
                   "--out", tiny_run / "small.pt")
     assert process.returncode == 0 and not process.stderr
@@ -16,24 +16,23 @@ def test_it_prints_before_and_after_and_two_samples(tiny_run, tiny_text):
     before, _, ratio = map(float, rows["validation loss, nats per token"])
     assert abs(before - load_checkpoint(tiny_run / "model.pt")["val_loss"]) < 1e-3
     assert ratio <= 1.003 and (tiny_run / "small.pt").exists()
-    assert "--- float32, seed" in process.stdout and "--- int8, seed" in process.stdout
 
 
 def test_the_file_keeps_each_matrix_to_half_a_step_the_rest_as_it_was(quantized_run):
-    names = "model.pt", "model_int8.pt"
-    before, after = (load_checkpoint(quantized_run / name) for name in names)
+    before = load_checkpoint(quantized_run / "model.pt")
+    after = load_checkpoint(quantized_run / "model_int8.pt")
     assert after["int8"] is True
     for key in "config", "tokenizer", "iteration", "val_loss":
         assert after[key] == before[key]
-    weights = after["model"]
     for name, weight in before["model"].items():
+        kept = after["model"][name]
         if weight.dim() == 2:
-            whole, scale = weights[name], weights[name.replace(".weight", ".scale")][:, None]
-            assert (whole.dtype, scale.dtype) == (torch.int8, torch.float32)
-            assert ((whole * scale - weight).abs() <= 0.5001 * scale).all()
-            assert (whole.int().abs().amax(1) >= 126).all()
+            scale = after["model"][name.replace(".weight", ".scale")][:, None]
+            assert (kept.dtype, scale.dtype) == (torch.int8, torch.float32)
+            assert ((kept * scale - weight).abs() <= 0.5001 * scale).all()
+            assert (kept.int().abs().amax(1) >= 126).all()
         else:
-            assert torch.equal(weights[name], weight)
+            assert torch.equal(kept, weight)
 
 
 def test_mistakes_get_one_line_and_overwrite_nothing(quantized_run, tiny_text, tmp_path):

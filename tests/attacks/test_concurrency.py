@@ -3,7 +3,6 @@ import itertools
 import re
 import subprocess
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,9 @@ from conftest import FORKS, ROOT, TINY, start
 from model import load_checkpoint, load_model, save_checkpoint
 from train import load_last, save_last
 
-attack = pytest.mark.attack
-
 
 def save_without_pause(folder, saving):
-    """Saves in turn two checkpoints, whose weights are all 1 and all 2, for FORKS."""
+    """Saves in turn two checkpoints, whose weights are all 1 and all 2."""
     last = load_checkpoint(folder / "last.pt")
     for number in itertools.cycle([1, 2]):
         weights = {name: torch.full_like(w, number) for name, w in last["model"].items()}
@@ -28,22 +25,23 @@ def save_without_pause(folder, saving):
             saving.set()
 
 
-@attack
+@pytest.mark.attack
 def test_1250_loads_while_checkpoints_are_saved_see_whole_ones(tiny_run, capfd):
-    seen, saving = Counter(), FORKS.Event()
+    seen, saving = set(), FORKS.Event()
     process = FORKS.Process(target=save_without_pause, args=(tiny_run, saving))
     process.start()
     try:
         assert saving.wait(60)
         for number in range(1250):
-            if number % 5:
-                network, entries = load_model(tiny_run / "model.pt")
-                weights = network.state_dict()
-            else:
+            last = number % 5 == 0
+            if last:
                 entries = load_last(tiny_run)
                 weights = entries["model"]
+            else:
+                network, entries = load_model(tiny_run / "model.pt")
+                weights = network.state_dict()
             assert all((weight == entries["iteration"]).all() for weight in weights.values())
-            seen[number % 5 == 0, entries["iteration"]] += 1
+            seen.add((last, entries["iteration"]))
         assert process.is_alive(), "it saved to the end"
     finally:
         process.kill()
@@ -62,16 +60,17 @@ def test_a_clock_that_jumps_is_not_looked_at(tiny_text, tmp_path, new_trainer, m
     assert trainer.tokens_per_second() == 0
 
 
-@attack
+@pytest.mark.attack
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("script, flags, sign", [
     ("generate.py", ["--max_new_tokens", 100_000], ""),
     ("train.py", ["--resume", "--max_iters", 4000, "--eval_interval", 100], "train loss")])
 def test_ten_times_as_long_takes_no_more_memory(tiny_run, script, flags, sign):
-    """It is read at each line of the text sampled, or of the evaluations."""
+    """It is read at each line of the text or of the evaluations."""
     process = start(script, *flags, "--out_dir", tiny_run, stderr=subprocess.DEVNULL)
     pages = [int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
              for line in process.stdout if sign in line]
     warm, *later = pages[len(pages) // 10:]
-    print(f"\n{script} took at most {max(later) / warm} times the memory it took when warm")
-    assert process.wait() == 0 and len(pages) > 39 and max(later) < 1.05 * warm
+    growth = max(later) / warm
+    print(f"\n{script} took at most {growth} times the memory it took when warm")
+    assert process.wait() == 0 and len(pages) > 39 and growth < 1.05

@@ -1,8 +1,10 @@
 """Damaged files, and files made by one who knows the format: loaded as the truth, or refused."""
 import copy
+import functools
 import io
 import itertools
 import math
+import operator
 import os
 import random
 import resource
@@ -21,22 +23,20 @@ from model import load_checkpoint, load_model, save_checkpoint
 from tokenizer import BasicTokenizer, out_of_memory
 
 attack = pytest.mark.attack
-
-
 CHECKPOINTS = ["model.pt", "model_int8.pt", "last.pt"]
 NAMES = ["merges.pkl", *CHECKPOINTS, "metrics.csv", "histograms.npz"]
 
 
 def load(path):
-    """Returns what a file of a run holds, as something that can be compared."""
+    """Returns what a file of a run holds, for `same`."""
     if path.name == "last.pt":
         return train.load_last(path.parent)
     if path.suffix in (".csv", ".npz"):
-        csv = path.suffix == ".csv"
-        figures = plots.read_metrics(path) if csv else plots.read_histograms(path, 2)
+        table = path.suffix == ".csv"
+        figures = plots.read_metrics(path) if table else plots.read_histograms(path, 2)
         return {key: torch.as_tensor(value) for key, value in figures.items()}
     tokens = BasicTokenizer(out_dir=path.parent)
-    if path.suffix == ".pkl":  # only a network knows whether merges are those it was trained with
+    if path.suffix == ".pkl":  # only a network knows the merges it was trained with
         path = path.with_name("model.pt")
     network, entries = load_model(path, tokens.fingerprint, tokens.vocab_size)
     every_token = torch.arange(304).view(19, 16) % 300
@@ -81,19 +81,16 @@ def test_mutated_files_are_the_truth_or_refused(quantized_run, tmp_path, count):
 
 # ---- made by one who knows the format ----
 
-class Call:
-    """Pickles as a call of a function."""
-
-    def __init__(self, *call):
-        self.call = call
+class Call(tuple):
+    """A function and its arguments, which pickle as a call."""
 
     def __reduce__(self):
-        return self.call
+        return tuple(self)
 
 
 def variants(value):
-    """Returns what may stand in the place of a value of a checkpoint; KeyError: nothing."""
-    others = [None, 0, -1, "x", [], {}, 1.5, [1, [2]], Call(os.mkdir, ("code_ran",)),
+    """Returns what may stand in the place of a value of a checkpoint; KeyError for nothing."""
+    others = [None, 0, -1, "x", [], {}, 1.5, [1, [2]], Call((os.mkdir, ("code_ran",))),
               torch.ones(2, 2), KeyError]
     if type(value) in (int, float):
         others += [10**12, 2**80, math.nan, True]
@@ -107,14 +104,12 @@ def variants(value):
 
 def with_entry(entries, path, value):
     """Returns a copy of nested dicts and lists with another entry at the end of a path of keys."""
-    changed = copy.copy(entries)
-    key, *rest = path
-    if rest:
-        changed[key] = with_entry(changed[key], rest, value)
-    elif value is KeyError:
-        del changed[key]
+    changed, (*keys, last) = copy.deepcopy(entries), path
+    parent = functools.reduce(operator.getitem, keys, changed)
+    if value is KeyError:
+        del parent[last]
     else:
-        changed[key] = value
+        parent[last] = value
     return changed
 
 
@@ -148,8 +143,9 @@ def test_checkpoints_tampered_with_are_refused_or_as_good(quantized_run, tmp_pat
                 assert same(logits, truth[0]), path
                 assert [type(entries[key]) for key in ("iteration", "val_loss")] == [int, float]
         except (SystemExit, ValueError, OSError) as error:
-            usage = isinstance(error, SystemExit)
-            line = capsys.readouterr().err.splitlines()[-1] if usage else str(error)
+            line = str(error)
+            if isinstance(error, SystemExit):
+                line = capsys.readouterr().err.splitlines()[-1]
             assert "--" in line or str(folder) in line, (path, error)
             refused += 1
         except RuntimeError as error:
@@ -173,7 +169,7 @@ def test_fewer_tokens_than_the_tokenizer_has_are_refused(tiny_run):
 # ---- absurd: small files from which gigabytes could be made, and files that are gigabytes ----
 
 def zipped(name, data, method=zipfile.ZIP_STORED):
-    """Returns an archive of a file, and of what else a checkpoint needs."""
+    """Returns an archive of data, and of what else a checkpoint needs."""
     with zipfile.ZipFile(file := io.BytesIO(), "w", method) as archive:
         archive.writestr(name, data)
         archive.writestr("archive/version", "3\n")
@@ -181,27 +177,27 @@ def zipped(name, data, method=zipfile.ZIP_STORED):
 
 
 def absurd_files(model, last):
-    """Yields (what, file, a checkpoint or bytes or a number of zeros to be there)."""
-    # rows of 16 zeros, all the same: no bytes in a file, 3.2 GB if they were laid out as floats
+    """Yields (what, file, a checkpoint, bytes or a number of zeros to put there)."""
+    # rows of 16 zeros, all the same: no bytes in a file, 3.2 GB if laid out as floats
     moments = torch.zeros(1, 1, dtype=torch.int8).expand(5 * 10**7, 16)
     yield "moments of no bytes", "last.pt", with_entry(
         last, ["optimizers", 0, "state", 0, "exp_avg"], moments)
     yield "20,000 layers", "model.pt", with_entry(model, ["config", "n_layer"], 20_000)
-    yield "an unknown call", "model.pt", model | {"x": Call(bytearray, (10**9,))}
-    lists = b"\x80\x02(" + b"]" * (2**24 - 10) + b"l."
-    yield "16 MB of lists", "model.pt", zipped("archive/data.pkl", lists)
+    yield "an unknown call", "model.pt", model | {"x": Call((bytearray, (10**9,)))}
+    yield "16 MB of lists", "model.pt", zipped(
+        "archive/data.pkl", b"\x80\x02(" + b"]" * (2**24 - 10) + b"l.")
     bomb = bytes(10**9), zipfile.ZIP_DEFLATED
     yield "a bomb", "model.pt", zipped("archive/data.pkl", *bomb)
     yield "a bomb", "histograms.npz", zipped("iteration.npy", *bomb)
-    numbers = b"\x80\x04}(" + b"J\xff\xff\xff\x7f" * 12_000_000 + b"u."
-    yield "60 MB of numbers", "merges.pkl", numbers
+    yield "60 MB of numbers", "merges.pkl", (
+        b"\x80\x04}(" + b"J\xff\xff\xff\x7f" * 12_000_000 + b"u.")
     yield "16 MB of commas", "metrics.csv", b"," * (2**24 - 9) + b"\n1\n"
     for name in NAMES:
         yield "10 GB of zeros", name, 10**10
 
 
-def measure(whole, path, pipe):
-    """Loads a file, for FORKS. Sends by how many bytes the memory grew, and the message."""
+def measure(whole, path):
+    """Loads a file. Returns by how many bytes the memory grew, and the message."""
     def peak():
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -216,26 +212,25 @@ def measure(whole, path, pipe):
             train.Trainer(train.parse_args(flags)[0], entries)
     except (ValueError, OSError) as error:
         message = str(error)
-    pipe.send((peak() - before, message))
+    return peak() - before, message
 
 
 @attack
 def test_absurd_files_take_no_gigabytes(quantized_run, tmp_path):
     """Each has a process of its own. 300 MB are what a vocabulary of a million takes."""
     model, last = (load_checkpoint(quantized_run / name) for name in ("model.pt", "last.pt"))
-    peaks = {}
+    peaks, processes = {}, FORKS.Pool(1, maxtasksperchild=1)
     for what, name, data in absurd_files(model, last):
-        folder = shutil.copytree(quantized_run, tmp_path / what / name)
-        (folder / name).write_bytes(data if isinstance(data, bytes) else b"")
+        path = shutil.copytree(quantized_run, tmp_path / what / name) / name
+        path.write_bytes(data if isinstance(data, bytes) else b"")
         if isinstance(data, dict):
-            torch.save(data, folder / name)
+            torch.save(data, path)
         elif isinstance(data, int):
-            os.truncate(folder / name, data)
-        ours, theirs = FORKS.Pipe()
-        FORKS.Process(target=measure, args=(quantized_run, folder / name, theirs)).start()
-        assert ours.poll(100), f"{what}: no answer"
-        peaks[what, name], message = ours.recv()
-        assert name in message and str(folder) in message, f"{what}: {message}"
+            os.truncate(path, data)
+        answer = processes.apply_async(measure, (quantized_run, path))
+        peaks[what, name], message = answer.get(timeout=100)
+        assert name in message and str(path.parent) in message, f"{what}: {message}"
+    processes.terminate()
     worst = max(peaks, key=peaks.get)
     print(f"\nabsurd files: {len(peaks)} refused with at most {peaks[worst] / 1e6:.0f} MB, {worst}")
     assert peaks[worst] < 300e6
