@@ -31,20 +31,25 @@ def pytest_configure(config):
 
 # ---- scripts ----
 
+def python(*arguments, **options):
+    """Runs Python. Returns the finished process, with its output as text."""
+    defaults = {"text": True, "capture_output": True, "stdin": subprocess.DEVNULL, "timeout": 300}
+    return subprocess.run([sys.executable, *map(str, arguments)], **defaults | options)
+
+
 def run(script, *args, **options):
-    """Runs a script of the repository. Returns the finished process, with its output as text.
+    """Runs a script of the repository as `python` does.
 
     On Linux and without options FORKS does it, as most of the time goes into loading PyTorch.
     """
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    argv = [str(ROOT / script), *map(str, args)]
     if options or sys.platform != "linux":
-        defaults = {"text": True, "capture_output": True, "stdin": subprocess.DEVNULL}
-        return subprocess.run(command, **defaults | {"timeout": 300} | options)
+        return python(*argv, **options)
     with tempfile.TemporaryDirectory() as folder:
         output = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        status = fork(run_file, command[1:], output, dict(os.environ), seconds=300)
+        status = fork(run_file, argv, output, dict(os.environ), seconds=300)
         texts = [path.read_text(encoding="utf-8") for path in output]
-    return subprocess.CompletedProcess(command, status, *texts)
+    return subprocess.CompletedProcess(argv, status, *texts)
 
 
 def start(script, *args, **options):
@@ -54,18 +59,12 @@ def start(script, *args, **options):
     return subprocess.Popen(command, **defaults | options)
 
 
-def python(code, *args, **options):
-    """Runs Python code in a process of its own. Returns it finished, with its output as text."""
-    defaults = {"cwd": ROOT, "text": True, "capture_output": True}
-    return subprocess.run([sys.executable, "-c", code, *args], **defaults | options)
-
-
 FORKS = multiprocessing.get_context("forkserver")  # has libraries loaded: scripts start at once
 FORKS.set_forkserver_preload(["matplotlib.figure", "torch._dynamo", "torch.ao.quantization"])
 
 
 def fork(function, *args, seconds=None):
-    """Calls a function in a process, which it kills after so many seconds. Returns its status."""
+    """Calls a function in a process, killed after so many seconds. Returns its status."""
     process = FORKS.Process(target=function, args=args)
     process.start()
     process.join(seconds)
@@ -75,7 +74,7 @@ def fork(function, *args, seconds=None):
 
 
 def run_file(argv, output, environment):
-    """Runs a script as Python does, with output and errors in two files, for FORKS."""
+    """Runs a script as Python does, its output and errors into two files, for `fork`."""
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)
@@ -120,7 +119,7 @@ def losses(folder):
 
 
 def same(a, b):
-    """Tells whether two values of checkpoints are equal, tensors bit for bit."""
+    """Tells whether two checkpoints or parts of them are equal, bit for bit."""
     import torch
 
     if type(a) is not type(b):
@@ -145,7 +144,7 @@ def same_weights(a, b):
 
 @pytest.fixture(scope="session")
 def shakespeare():
-    """Path of the real text, fetched if need be. Without it tests are skipped; in CI they fail."""
+    """Path of the real text, fetched if need be. Without it tests are skipped, but fail in CI."""
     fetched = run("data/prepare.py")
     if fetched.returncode or "another text" in fetched.stdout:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(fetched.stdout + fetched.stderr)
@@ -182,7 +181,7 @@ def tiny_run(finished_run, tmp_path):
 
 @pytest.fixture(scope="session")
 def quantized_run(finished_run, tiny_text, tmp_path_factory):
-    """A copy with model_int8.pt, and without last.pt.old, which would hide a damaged last.pt."""
+    """A copy with model_int8.pt, without last.pt.old, which would hide a damaged last.pt."""
     folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("quantized") / "run")
     assert run("quantize.py", "--out_dir", folder, "--data_path", tiny_text).returncode == 0
     (folder / "last.pt.old").unlink()
@@ -191,7 +190,7 @@ def quantized_run(finished_run, tiny_text, tmp_path_factory):
 
 @pytest.fixture
 def new_trainer(monkeypatch):
-    """Makes a Trainer in this process, which hears no signal and lets go of its folder at once."""
+    """Makes a Trainer in this process that hears no signal and lets go of its folder at once."""
     import train
 
     lock = train.lock
@@ -202,7 +201,7 @@ def new_trainer(monkeypatch):
 
 @pytest.fixture
 def train_here(new_trainer, monkeypatch):
-    """Runs main() of train.py in this process, as `new_trainer` does."""
+    """Runs main() of train.py with such a Trainer."""
     import train
 
     def train_with(*flags):

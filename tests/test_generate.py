@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import complaint, python, run, start
+from conftest import ROOT, complaint, python, run, start
 from generate import main, spelling, take_back, write_stream
 from model import load_model
 from tokenizer import TEMPERATURE, BasicTokenizer
@@ -32,7 +32,7 @@ def sample(finished_run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("prompt", ["\n", "ROMEO:"])
-def test_samples_depend_on_the_seed_alone_and_without_chance_on_nothing(sample, prompt):
+def test_samples_depend_on_their_seed_alone_and_without_chance_on_none(sample, prompt):
     def samples(number, seed, temperature=1):
         text, _ = sample("--prompt", prompt, "--num_samples", number, "--seed", seed,
                          "--max_new_tokens", 40, "--temperature", temperature)
@@ -72,7 +72,7 @@ def test_a_line_ends_where_the_end_of_the_prompt_and_its_own_are_one_token(sampl
     assert text.decode().count(f"{prompt}\n") > 50  # none where nothing is taken back
 
 
-def test_the_fewest_tokens_are_taken_back_that_a_longer_one_could_replace(finished_run, tiny_text):
+def test_the_fewest_tokens_that_a_longer_one_could_replace_are_taken_back(finished_run, tiny_text):
     tokenizer, chance, seen = BasicTokenizer(out_dir=finished_run), random.Random(1), set()
     text, vocab = tiny_text.read_bytes(), tokenizer.vocab
     for _ in range(300):
@@ -91,7 +91,7 @@ def test_the_fewest_tokens_are_taken_back_that_a_longer_one_could_replace(finish
     assert take_back([0, 1, 1], {0: b"s", 1: b"e", 2: b"eet"}) == ([0], b"ee")
 
 
-def test_each_row_spells_the_end_of_the_prompt_in_tokens_of_its_own(finished_run):
+def test_each_row_spells_the_prompts_end_in_its_own_tokens(finished_run):
     model, _ = load_model(finished_run / "model.pt")
     vocab, end, masks = BasicTokenizer(out_dir=finished_run).vocab, " caf\u00e9s.\n".encode(), []
     allowed = spelling(end, vocab, 200, torch.device("cpu"))
@@ -152,16 +152,17 @@ def test_an_interrupt_ends_cleanly_with_what_there_is(finished_run):
 @pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() < 2 or "openblas" not in str(
     np.show_config(mode="dicts")), reason="counts OpenBLAS's threads in /proc")
 @pytest.mark.parametrize("own, threads", [(None, 1), ("2", 2)])
-def test_numpy_gets_one_thread_unless_told_otherwise_and_pytorch_all(monkeypatch, own, threads):
+def test_numpy_gets_one_thread_or_what_it_is_told_and_pytorch_all(monkeypatch, own, threads):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     if own:
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", own)
-    said = python("import os, generate as g; print(len(os.listdir('/proc/self/task')), "
-                  "os.environ.get('OPENBLAS_NUM_THREADS'), g.torch.get_num_threads())").stdout
+    code = ("import os, generate as g; print(len(os.listdir('/proc/self/task')), "
+            "os.environ.get('OPENBLAS_NUM_THREADS'), g.torch.get_num_threads())")
+    said = python("-c", code, cwd=ROOT).stdout
     assert said.split() == [str(threads), str(own), str(torch.get_num_threads())]
 
 
-def test_training_and_quantizing_show_the_text_that_is_sampled_by_default(tiny_run, tiny_text):
+def test_training_and_quantizing_show_what_is_sampled_by_default(tiny_run, tiny_text):
     def sampled(file, *flags):
         return run("generate.py", "--checkpoint", tiny_run / file, "--seed", 1337, *flags).stdout
 

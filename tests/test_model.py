@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from conftest import complaint, python, same
+from conftest import ROOT, complaint, python, same
 from model import (
     GPT,
     Decoder,
@@ -50,7 +50,7 @@ def random_ids(*shape, vocab_size=50):
 
 # ---- the network ----
 
-def test_an_untrained_network_knows_nothing_and_may_start_as_gpt_2():
+def test_untrained_it_knows_nothing_and_may_start_as_gpt_2():
     torch.manual_seed(0)
     model, idx = GPT(GPTConfig()), random_ids(4, 256, vocab_size=500)
     assert abs(model(idx, idx.roll(-1, 1))[1].item() - math.log(500)) < 0.3
@@ -140,7 +140,7 @@ def test_attention_on_a_cpu_is_that_of_the_lesson(T, dropout, monkeypatch):
     assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_blocks_on_a_gpu_compile_as_a_whole_and_compute_the_same(small, monkeypatch):
+def test_blocks_on_a_gpu_compile_whole_and_compute_the_same(small, monkeypatch):
     idx, weights = random_ids(3, 16), list(small.blocks.parameters())
     caches = torch.zeros(2, 2, 2, 3, 4, 16, 5)  # heads of 5 channels, which a GPU pads to 8
 
@@ -190,7 +190,7 @@ def test_a_step_of_few_rows_takes_one_thread_and_gives_the_others_back(small, ro
     assert seen == (threads, 2)
 
 
-def test_a_step_of_fixed_shapes_for_a_cuda_graph_gives_the_same_logits(small):
+def test_steps_of_fixed_shapes_for_a_cuda_graph_give_the_same_logits(small):
     def step(decoder, token, t):
         decoder.caches[..., t:, :] = 0
         future = torch.zeros(1, 1, 16).masked_fill(torch.arange(16) > t, float("-inf"))
@@ -212,7 +212,7 @@ def test_text_and_losses_on_a_gpu_are_those_on_the_cpu(small):
 
 
 @pytest.mark.parametrize("length, window", [(1, 16), (100, 16), (1, 1)])
-def test_greedy_text_is_that_of_a_loop_that_reads_half_a_full_window_again(length, window):
+def test_greedy_text_is_that_of_a_loop_that_rereads_half_a_full_window(length, window):
     torch.manual_seed(0)
     network = GPT(replace(SMALL, block_size=window)).eval()
     text = idx = random_ids(2, length)
@@ -291,7 +291,7 @@ def test_mean_loss_is_the_mean_over_all_tokens(small):
 
 # ---- devices ----
 
-def test_a_gpu_is_chosen_with_its_number_and_no_other_is_touched(monkeypatch, capsys):
+def test_no_gpu_is_touched_but_the_chosen_one(monkeypatch, capsys):
     """PyTorch has no kernels for the last of four, which counts as absent."""
     touched = set()
 
@@ -316,7 +316,7 @@ def test_a_gpu_is_chosen_with_its_number_and_no_other_is_touched(monkeypatch, ca
             choose_device(name)
 
 
-def test_where_recording_a_graph_fails_it_goes_on_without(monkeypatch, capsys):
+def test_it_goes_on_without_a_graph_that_fails(monkeypatch, capsys):
     cuda, calls = MagicMock(), []
     cuda.graph.side_effect = RuntimeError("not permitted\nwhen capturing")
     monkeypatch.setattr(torch, "cuda", cuda)
@@ -329,7 +329,7 @@ def test_where_recording_a_graph_fails_it_goes_on_without(monkeypatch, capsys):
         cuda_graph(calls.clear)
 
 
-def test_threads_are_no_more_than_the_cores_that_may_be_used(monkeypatch):
+def test_threads_are_no_more_than_usable_cores(monkeypatch):
     threads = []
     monkeypatch.setattr("model.usable_cores", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -343,7 +343,7 @@ def test_threads_are_no_more_than_the_cores_that_may_be_used(monkeypatch):
 
 
 def test_a_pytorch_too_old_is_told_in_one_line():
-    process = python("import torch; torch.__version__ = '2.8.1'; import model")
+    process = python("-c", "import torch; torch.__version__ = '2.8.1'; import model", cwd=ROOT)
     assert complaint(process) == "PyTorch 2.8.1 is too old: pip install -r requirements.txt"
 
 
@@ -365,11 +365,11 @@ def test_a_checkpoint_brings_back_the_network_bit_for_bit(small, tmp_path, scale
         assert network.generate(random_ids(1, 1), 30, seed=1).unique().numel() > 1
 
 
-def test_a_checkpoint_is_loaded_without_importing_the_compiler(small, tmp_path):
+def test_loading_does_not_import_the_compiler(small, tmp_path):
     save(tmp_path / "model.pt", small)
-    assert python("import sys, model; model.load_model(sys.argv[1]); "
-                  "sys.exit('sympy' in sys.modules or 'torch._dynamo' in sys.modules)",
-                  tmp_path / "model.pt").returncode == 0
+    code = ("import sys, model; model.load_model(sys.argv[1]); "
+            "sys.exit('sympy' in sys.modules or 'torch._dynamo' in sys.modules)")
+    assert python("-c", code, tmp_path / "model.pt", cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("engine", ["x86", "qnnpack"])  # which is what ARM has

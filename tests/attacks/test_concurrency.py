@@ -26,7 +26,7 @@ def save_without_pause(folder, saving):
 
 
 @pytest.mark.attack
-def test_1250_loads_while_checkpoints_are_saved_see_whole_ones(tiny_run, capfd):
+def test_loads_while_another_saves_see_whole_checkpoints(tiny_run, capfd):
     seen, saving = set(), FORKS.Event()
     process = FORKS.Process(target=save_without_pause, args=(tiny_run, saving))
     process.start()

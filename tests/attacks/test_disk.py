@@ -55,7 +55,7 @@ def test_a_full_disk_is_one_line_and_changes_no_file(tiny_run, tiny_text, script
     assert BasicTokenizer(out_dir=tiny_run).vocab_size == 300
 
 
-def test_a_disk_that_fills_up_in_training_keeps_what_it_goes_on_from(tiny_run):
+def test_a_disk_that_fills_up_in_training_keeps_what_resumes_it(tiny_run):
     before, resume = networks(tiny_run), ["train.py", "--resume", "--out_dir", tiny_run]
     process = run(*resume, "--max_iters", 80, **no_file_beyond(20_000))  # metrics fit, weights not
     assert re.search("cannot write .*too large", complaint(process))

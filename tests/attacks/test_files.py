@@ -124,8 +124,8 @@ def tamper(entries, *path):
 
 @attack
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_checkpoints_tampered_with_are_refused_or_as_good(quantized_run, tmp_path, monkeypatch,
-                                                          capsys, new_trainer, name):
+def test_tampered_checkpoints_are_refused_or_as_good(quantized_run, tmp_path, monkeypatch, capsys,
+                                                     new_trainer, name):
     """Their checksums are right. What loads has the true weights, or can be resumed."""
     monkeypatch.chdir(tmp_path)
     folder, refused = shutil.copytree(quantized_run, tmp_path / "run"), 0
@@ -161,7 +161,8 @@ def test_fewer_tokens_than_the_tokenizer_has_are_refused(tiny_run):
     checkpoint = load_checkpoint(tiny_run / "model.pt")
     checkpoint["config"]["vocab_size"] = 100
     for name, weight in checkpoint["model"].items():
-        checkpoint["model"][name] = weight[:100].clone() if len(weight) == 300 else weight
+        if len(weight) == 300:
+            checkpoint["model"][name] = weight[:100].clone()
     save_checkpoint(tiny_run / "model.pt", checkpoint)
     assert "model.pt" in complaint(run("generate.py", "--out_dir", tiny_run, "--device", "cpu"))
 

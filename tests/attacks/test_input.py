@@ -79,7 +79,7 @@ def test_every_number_at_below_and_above_its_bounds(monkeypatch, capsys):
     assert checked == BOUNDS.keys()
 
 
-def test_patterns_that_the_shell_left_alone_stand_for_their_files(tmp_path, monkeypatch, capsys):
+def test_patterns_left_alone_by_the_shell_stand_for_files(tmp_path, monkeypatch, capsys):
     """On Windows it leaves *.txt alone."""
     monkeypatch.chdir(tmp_path)
     for name in "best-1.pt", "best-2.pt", "[1].txt", "1.txt":

@@ -64,7 +64,7 @@ def names(folder):
 
 
 @KILLS
-def test_killed_in_training_a_tokenizer_leaves_one_or_the_other(tiny_text, tmp_path, kills):
+def test_killed_in_training_a_tokenizer_leaves_a_whole_one(tiny_text, tmp_path, kills):
     other, folder = tmp_path / "other.txt", tmp_path / "run"
     other.write_text(tiny_text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
     commands = [["train", "--vocab_size", 400, "--out_dir", folder, "--data_path", text]
@@ -112,7 +112,7 @@ def test_killed_in_training_it_ends_as_an_unbroken_run(tiny_text, tmp_path, kill
 
 
 @KILLS
-def test_killed_in_quantizing_leaves_one_network_or_the_other(tiny_run, tiny_text, kills):
+def test_killed_in_quantizing_leaves_a_whole_network(tiny_run, tiny_text, kills):
     model, other, int8 = (tiny_run / name for name in ("model.pt", "other.pt", "model_int8.pt"))
     save_checkpoint(other, load_checkpoint(model) | {"iteration": 999})
     commands = [["--out_dir", tiny_run, "--data_path", tiny_text, "--checkpoint", path]
