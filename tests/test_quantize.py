@@ -1,4 +1,6 @@
 """quantize.py: smaller, as good, loaded like any checkpoint, and never at the cost of a file."""
+import shutil
+
 import torch
 
 from conftest import complaint, contents, run
@@ -36,12 +38,13 @@ def test_the_file_keeps_each_matrix_to_half_a_step_the_rest_as_it_was(quantized_
 
 
 def test_mistakes_get_one_line_and_overwrite_nothing(quantized_run, tiny_text, tmp_path):
-    before = contents(quantized_run)
-    none, short = tmp_path / "none", tmp_path / "short.txt"
+    before, none, short = contents(quantized_run), tmp_path / "none", tmp_path / "short.txt"
+    copied = shutil.copy(quantized_run / "model.pt", tmp_path / "copied.pt")
     short.write_text("too short")
     for message, *flags in (
             ("quantized already", "--checkpoint", quantized_run / "model_int8.pt"),
-            ("name another file", "--out", quantized_run / "model.pt"),
+            ("name another file", "--out", quantized_run / "last.pt"),
+            ("name another file", "--checkpoint", copied, "--out", copied),
             ("no checkpoint at", "--checkpoint", none),
             ("there is no text at", "--data_path", none), ("too short", "--data_path", short)):
         process = run("quantize.py", "--out_dir", quantized_run, "--data_path", tiny_text, *flags)
