@@ -185,4 +185,4 @@ def test_what_is_missing_or_wrong_is_named(finished_run, tiny_text, tmp_path):
             ("another tokenizer", "--out_dir", other, "--checkpoint", alone),
             ("cannot read .*none", "--prompt_file", none), ("--device tpu", "--device", "tpu")):
         assert re.search(message, complaint(run("generate.py", *flags)))
-    assert "would be lost" in complaint(run("generate.py", "--out", alone), 2)
+    assert "name another file" in complaint(run("generate.py", "--out", alone), 2)
