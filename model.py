@@ -649,9 +649,9 @@ def load_checkpoint(path: Path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            # torch.load looks at no checksum and would unpack a zip bomb.
+            # torch.load skips what lies before, looks at no checksum and would unpack a zip bomb.
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if packed or archive.testzip():
+            if entries[0].header_offset or packed or archive.testzip():
                 raise ValueError(damaged)
             for entry in entries:
                 if entry.filename.lower().endswith(".pkl"):

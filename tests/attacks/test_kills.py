@@ -106,8 +106,10 @@ def test_killed_in_training_it_ends_as_an_unbroken_run(tiny_text, tmp_path, kill
     assert len({*reached}) > kills // 10
     for out in folder, unbroken:
         run("train.py", "--resume", "--out_dir", out, "--max_iters", reached[-1] + 2)
-    assert names(folder) == {"merges.pkl", "vocab.pkl", "model.pt", "last.pt", "last.pt.old",
-                             "metrics.csv", "histograms.npz", ".lock"}
+    # killed before its first last.pt, it leaves a model.pt, which the next start moves aside
+    assert names(folder) - {"earlier-1"} == {
+        "merges.pkl", "vocab.pkl", "model.pt", "last.pt", "last.pt.old", "metrics.csv",
+        "histograms.npz", ".lock"}
     assert losses(folder) == losses(unbroken) and same_weights(folder, unbroken)
 
 
