@@ -632,6 +632,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 def find_checkpoint(path: Path) -> Path:
     """Returns the path if there is a file. Raises ValueError, with the remedy, if not."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name it with --out_dir, or a checkpoint in it")
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: train one with `python train.py`, or name one "
                          "with --checkpoint or --out_dir")
@@ -712,7 +714,9 @@ def load_model(path: Path, fingerprint: str | None = None,
             raise ValueError("no word of its training")
         if vocab_size not in (None, config.vocab_size):
             raise ValueError("another vocabulary than the tokenizer's")
-        size = sum(weight.nbytes for weight in weights.values())
+        # tied weights are one in the file
+        sizes = {(weight.data_ptr(), weight.nbytes) for weight in weights.values()}
+        size = sum(nbytes for _, nbytes in sizes)
         if config.n_layer > len(weights) or size > Path(path).stat().st_size:
             raise ValueError("more weights than the file holds")
         if not all(weight.dtype == torch.int8 or weight.dtype == torch.float32

@@ -112,7 +112,7 @@ def read_text_with_network(
     longest = min(MAX_TOKENS, model.config.block_size)
     if len(ids) > longest or not text:
         raise ValueError(f"--attention: the text has {len(ids) - 1} tokens, a picture 1 to "
-                         f"{longest - 1}: give another text")
+                         f"{longest - 1}: give as many")
     products = []  # each layer's queries, keys and values
     for block in model.blocks:
         block.attn.qkv.register_forward_hook(lambda layer, inputs, qkv: products.append(qkv))

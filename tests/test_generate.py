@@ -181,6 +181,7 @@ def test_what_is_missing_or_wrong_is_named(finished_run, tiny_text, tmp_path):
     for message, *flags in (
             ("no checkpoint at .*none: train one with `python train.py`", "--checkpoint", none),
             ("no checkpoint at .*other.model.pt", "--out_dir", other),
+            ("other is a folder: name it with --out_dir", "--checkpoint", other),
             ("copy merges.pkl and vocab.pkl", "--out_dir", tmp_path),
             ("another tokenizer", "--out_dir", other, "--checkpoint", alone),
             ("cannot read .*none", "--prompt_file", none), ("--device tpu", "--device", "tpu")):

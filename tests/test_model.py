@@ -365,6 +365,14 @@ def test_a_checkpoint_brings_back_the_network_bit_for_bit(small, tmp_path, scale
         assert network.generate(random_ids(1, 1), 30, seed=1).unique().numel() > 1
 
 
+def test_a_head_tied_to_the_embedding_is_loaded(tmp_path):
+    network = GPT(GPTConfig(vocab_size=5000, n_embd=16, n_head=2, n_layer=1))
+    network.head.weight = network.token_embedding.weight
+    save(tmp_path / "model.pt", network)
+    loaded, _ = load_model(tmp_path / "model.pt")
+    assert same(dict(loaded.state_dict()), dict(network.state_dict()))
+
+
 def test_loading_does_not_import_the_compiler(small, tmp_path):
     save(tmp_path / "model.pt", small)
     code = ("import sys, model; model.load_model(sys.argv[1]); "
