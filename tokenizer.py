@@ -257,7 +257,7 @@ class BasicTokenizer:
         print(compression_ratio(data, tokens.ids()))
 
     def save(self, out_dir: str | Path) -> None:
-        """Writes the files. Raises ValueError if a network there needs others."""
+        """Writes merges.pkl and vocab.pkl. Raises ValueError if a network there needs others."""
         save_merges(Path(out_dir), self.merges)
 
     def _use(self, merges):
@@ -388,7 +388,7 @@ class Tokens(NamedTuple):
 
 
 def is_long(path: str | Path) -> bool:
-    """Returns whether a text is too long for memory."""
+    """Returns whether a text is not to be held in memory."""
     return os.path.isfile(path) and os.path.getsize(path) > LONG
 
 
@@ -517,7 +517,7 @@ def fingerprint(merges: Merges) -> str:
 def digests(folder: Path, name: str) -> dict[Path, str | None]:
     """Returns the SHA-256 of its "tokenizer" or "text" that each network's file in a folder holds.
 
-    The bytes are searched for it, as loading takes PyTorch; None where there is none.
+    It looks for the bytes, as reading such a file takes PyTorch; None where there are none.
     """
     found = {}
     for path in sorted(folder.glob("[!.]*.pt*")):  # model.pt, last.pt, last.pt.old, model_int8.pt
