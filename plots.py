@@ -53,14 +53,14 @@ def read_metrics(path: Path) -> Metrics:
     layers together, (n_layer, evaluations). An empty cell is NaN, a gap in the curve. Raises
     ValueError, naming line and column.
     """
-    columns, name = {}, ""
+    columns, name, from_0 = {}, "", bounded(float, 0)
     try:
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             lines = iter(partial(file.readline, 2**20), "")  # damage may leave one endless line
             rows = csv.DictReader(lines, restkey="beyond the last", restval="missing")
             for row in rows:
                 for name, cell in row.items():
-                    number = bounded(float, 0) if name in KNOWN else float
+                    number = from_0 if name in KNOWN else float
                     columns.setdefault(name, []).append(number(str(cell or "nan")))
     except (ValueError, argparse.ArgumentTypeError, csv.Error) as error:
         raise ValueError(f"{path}, line {rows.line_num}, column {name}: {error!s:.99}; "

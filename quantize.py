@@ -132,7 +132,7 @@ def main() -> None:
     before, checkpoint = load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
     if checkpoint.get("int8"):
         raise ValueError(f"{path} is quantized already: name a float checkpoint with --checkpoint")
-    if out.name in ("model.pt", "last.pt") or out.exists() and out.samefile(path):
+    if out.exists() and (out.name in ("model.pt", "last.pt") or out.samefile(path)):
         raise ValueError(f"--out {out}: a float network would be lost, name another file")
     tokens = load_tokens(tokenizer, args.data_path, out_dir)
     _, val = split(tokens.ids, before.config.block_size)

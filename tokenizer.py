@@ -64,8 +64,8 @@ class TokenSequence:
         head         256  .    99   256  .         after merging (97, 98) into 256
         tail         (97) 256  99   (97) 256
 
-    `where[token]` holds the places at which a token started when last looked up. It only ever loses
-    some, so no others need be searched; `find` searches those of the rarer of two tokens.
+    `where[token]` holds the places at which a token started when last looked up. A token only ever
+    loses places, so no others need be searched; `find` searches those of the rarer of two tokens.
     """
 
     def __init__(self, data: bytes, vocab_size: int):
@@ -122,7 +122,7 @@ class TokenSequence:
         return self.tail.take(places - 1, mode="wrap"), self.head.take(places + self.size[new])
 
     def ids(self) -> np.ndarray:
-        """Returns the tokens in order, of the dtype of `hole`."""
+        """Returns the tokens in order, uint16 (uint32 for a vocabulary of more than 65,535)."""
         return self.head.compress(self.head != self.hole)
 
 
@@ -218,14 +218,15 @@ class BasicTokenizer:
     network in `out_dir` needs the tokenizer that is there, OSError if it cannot write.
 
     `merges` is {(int, int): int} in the order learned, `vocab` is {int: bytes}, and `fingerprint`
-    is the SHA-256 of the merges: tokenizers are the same if and only if theirs is.
+    is the SHA-256 of the merges in hexadecimal: tokenizers are the same if and only if theirs is.
     """
 
     def __init__(self, data_path: str | Path | None = None, vocab_size: int = 500,
                  verbose: bool = False, out_dir: str | Path | None = CHECKPOINTS):
-        self.data_path, self.verbose, self.out_dir = data_path, verbose, out_dir
+        self.data_path, self.verbose = data_path, verbose
+        self.out_dir = out_dir if out_dir is None else Path(out_dir)
         if data_path is None and out_dir is not None:
-            self._use(read_merges(Path(out_dir)))
+            self._use(read_merges(self.out_dir))
         else:
             self.vocab_size = vocab_size
             self.train()
@@ -252,7 +253,7 @@ class BasicTokenizer:
                 tqdm.write(f"merge {len(merges)}/{total}: {pair} -> {new} ({vocab[new]}) "
                            f"had {count} occurrences")
         if self.out_dir is not None:
-            save_merges(Path(self.out_dir), merges)
+            save_merges(self.out_dir, merges)
         self._use(merges)
         print(compression_ratio(data, tokens.ids()))
 
@@ -393,7 +394,7 @@ def is_long(path: str | Path) -> bool:
 
 
 def learning_text(path: str | Path) -> bytes:
-    """Returns a text or, if it is long, pieces spread over it: whole lines if it has any."""
+    """Returns a text or, if long, pieces spread evenly over it: whole lines if it has any."""
     if not is_long(path):
         return read_text(path).encode()
     size, pieces = os.path.getsize(path), []
@@ -727,8 +728,8 @@ def run_script(main: Callable[[], None], memory_remedy: str = "close other progr
 def out_of_memory(error: BaseException | None) -> bool:
     """Returns whether an error, or one it came from, tells of a lack of memory, a GPU's or not."""
     phrases = "(out of|enough|allocate) memory|calculation overflowed|Invalid buffer size"
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(
-            phrases, str(error)):  # PyTorch's
+    by_pytorch = isinstance(error, RuntimeError) and re.search(phrases, str(error))
+    if by_pytorch or isinstance(error, MemoryError):
         return True
     # an error during the recording of a CUDA graph raises another as the recording ends
     return error is not None and out_of_memory(error.__context__)

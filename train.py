@@ -1297,7 +1297,10 @@ def check_network(parser: argparse.ArgumentParser, flag: str, path: Path, out_di
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends with a usage error where flags do not go together. Raises ValueError."""
+    """Ends with a usage error where flags do not go together.
+
+    Raises ValueError for the folder of the pretrained network.
+    """
     if args.out_dir.exists() and PRETRAINED.exists() and args.out_dir.samefile(PRETRAINED):
         raise ValueError(f"--out_dir {args.out_dir} holds the network that comes with the "
                          "repository: choose another folder")
