@@ -644,12 +644,13 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 def find_checkpoint(path: Path) -> Path:
     """Returns the path if there is a file. Raises ValueError, with the remedy, if not."""
-    if Path(path).is_dir():
+    path = Path(path)
+    if path.is_dir():
         raise ValueError(f"{path} is a folder: name it with --out_dir, or a checkpoint in it")
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: train one with `python train.py`, or name one "
                          "with --checkpoint or --out_dir")
-    return Path(path)
+    return path
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -671,15 +672,13 @@ def load_checkpoint(path: Path) -> dict:
                 if entry.filename.lower().endswith(".pkl"):
                     check_pickle(archive.read(entry))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        numbers = {type(value) for value in checkpoint.get("config").values()} <= {int, float}
+        if not numbers or not isinstance(checkpoint.get("model"), dict):
+            raise ValueError(damaged)
     except Exception as error:  # a damaged file can fail in a dozen ways
         if isinstance(error, OSError) and error.filename:  # the file cannot be read at all
             raise
         raise ValueError(damaged) from error
-    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-    if not isinstance(config, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(damaged)
-    if not {type(value) for value in config.values()} <= {int, float}:
-        raise ValueError(damaged)
     return checkpoint
 
 
