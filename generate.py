@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -121,14 +121,12 @@ def write_stream(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, prom
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     file.write(decoder.decode(tokenizer.decode_bytes(prompt)).encode())
     count = 0
-    try:
+    with suppress(KeyboardInterrupt):  # keeps what there is
         for token in tokens:
             new = tokenizer.decode_bytes(token.tolist())
             file.write(decoder.decode(new[known:]).encode())
             file.flush()
             count, known = count + 1, max(0, known - len(new))
-    except KeyboardInterrupt:  # keeps what there is
-        pass
     file.write(decoder.decode(b"", final=True).encode() + b"\n")
     return count
 
@@ -140,11 +138,9 @@ def write_samples(tokens: Iterator[torch.Tensor], tokenizer: BasicTokenizer, pro
     The first `known` bytes of each are the prompt's last ones. Returns how many tokens came.
     """
     steps = []
-    try:
+    with suppress(KeyboardInterrupt):  # keeps what there is
         for token in tokens:
             steps.append(token.tolist())
-    except KeyboardInterrupt:  # keeps what there is
-        pass
     for i in range(number):
         new = tokenizer.decode_bytes(step[i] for step in steps)[known:]
         text = (tokenizer.decode_bytes(prompt) + new).decode(errors="replace")
