@@ -1261,17 +1261,17 @@ def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None, last: 
     known = vars(parser.parse_args([])).keys() - {"resume", "out_dir", "init_from"}
     then = last["args"].get("out_dir")
     saved = last["args"] = {name: value for name, value in last["args"].items() if name in known}
+    flags = []
     if "data_path" in saved:
         saved["data_path"] = found_again(saved["data_path"], out_dir, then)
-    if type(saved.get("teacher")) is list:
+    if type(saved.get("teacher")) is list and saved["teacher"]:
         saved["teacher"] = [found_again(path, out_dir, then) for path in saved["teacher"]]
+        flags = ["--teacher", *saved["teacher"]]
     if saved.get("lr_decay_iters", 0) == saved.get("max_iters"):
         parser.set_defaults(lr_decay_iters=None)  # the cosine goes on ending with the run
         del saved["lr_decay_iters"]
-    flags = [f"--{name}={value}" for name, value in saved.items()
-             if name not in ("compile", "teacher")]
-    if type(saved.get("teacher")) is list and saved["teacher"]:
-        flags += ["--teacher", *saved["teacher"]]
+    flags += [f"--{name}={value}" for name, value in saved.items()
+              if name not in ("compile", "teacher")]
     if saved.get("compile") is not None:
         flags.append("--compile" if saved["compile"] else "--no-compile")
     args = parser.parse_args(flags + (sys.argv[1:] if argv is None else argv))
