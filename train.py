@@ -211,7 +211,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, last: dict | None):
         """Starts afresh, or from `last`, the contents of a last.pt. Raises ValueError."""
-        self.args, self.lock_file = args, None
+        self.args = args
         self.find_device()
         self.load_text()
         self.load_teachers()
@@ -537,11 +537,10 @@ class Trainer:
         for layer, pairs in enumerate(zip(*pieces), 1):
             out, grad = (torch.cat(tensors) for tensors in zip(*pairs))  # each (tokens, units)
             zero = out == 0
-            stats |= {f"relu{layer}_mean": out.mean().item(), f"relu{layer}_std": out.std().item(),
-                      f"relu{layer}_zeros": zero.float().mean().item(),
-                      f"relu{layer}_dead": zero.all(0).float().mean().item(),
-                      f"relu{layer}_grad_mean": grad.mean().item(),
-                      f"relu{layer}_grad_std": grad.std().item()}
+            measured = {"mean": out.mean(), "std": out.std(), "zeros": zero.float().mean(),
+                        "dead": zero.all(0).float().mean(), "grad_mean": grad.mean(),
+                        "grad_std": grad.std()}
+            stats |= {f"relu{layer}_{name}": value.item() for name, value in measured.items()}
             for name, values in ("relu", out), ("relu_grad", grad):
                 for kind, numbers in zip(("counts", "edges"), histogram(values)):
                     histograms.setdefault(f"{name}_{kind}", []).append(numbers)
@@ -921,11 +920,11 @@ class CoreThreads:
         seeds = torch.randint(2**63 - 1, (len(parts),)).tolist()
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
+        map_parts = self.pool.map if self.number > 1 else map
         if self.number > 1:
             torch.set_num_threads(1)  # for the sums of this thread, as all cores are busy
         try:
-            for value, gradients in (self.pool.map if self.number > 1 else map)(
-                    compute, parts, seeds):
+            for value, gradients in map_parts(compute, parts, seeds):
                 total += value
                 for weight, gradient in zip(weights, gradients):
                     weight.grad += gradient
@@ -1007,9 +1006,8 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[BasicTokenizer, Tokens]:
     If there is none, or it is that of a run on another text, it learns one, and does not write it.
     Raises ValueError if the one there has another size.
     """
-    folder, fixed = args.out_dir, args.init_from or args.resume
-    if args.init_from:
-        folder = args.init_from.parent
+    folder = args.init_from.parent if args.init_from else args.out_dir
+    fixed = args.init_from or args.resume
     if fixed or (folder / "merges.pkl").exists():
         tokenizer = BasicTokenizer(out_dir=folder)
         texts, needed = digests(folder, "text"), digests(folder, "tokenizer")
@@ -1345,7 +1343,7 @@ def main() -> None:
 
 def farewell(trainer: Trainer) -> str:
     """Returns the last words: how to go on with a run that was stopped, or a sample."""
-    args, script = trainer.args, Path(sys.argv[0])
+    args = trainer.args
     folder = [] if args.out_dir == CHECKPOINTS else ["--out_dir", args.out_dir.as_posix()]
     if trainer.stop.requested:
         start, others = ["python"], ""
@@ -1361,7 +1359,8 @@ def farewell(trainer: Trainer) -> str:
     start = torch.tensor([trainer.tokenizer.encode_array("\n").tolist()])
     ids = model.generate(start, 200, TEMPERATURE, seed=args.seed)[0].tolist()
     text = trainer.tokenizer.decode(ids)
-    command = shlex.join(["python", script.with_name("generate.py").as_posix(), *folder])
+    script = Path(sys.argv[0]).with_name("generate.py").as_posix()
+    command = shlex.join(["python", script, *folder])
     return (f"\na sample, from the weights of iteration {best['iteration']} (val loss "
             f"{best['val_loss']:.4f}):\n{text}\n\nmodel.pt, metrics.csv and all else is in "
             f"{args.out_dir}; more text: {command}")
