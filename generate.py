@@ -48,7 +48,7 @@ def read_prompt(args: argparse.Namespace) -> str | bytes:
     """Returns the prompt from the command line, a file, or standard input (`-`).
 
     Its bytes need not be text; line ends and a byte-order mark are read as `read_text` reads them.
-    Raises ValueError if the file cannot be read.
+    Raises ValueError if it is UTF-16 or cannot be read.
     """
     if args.prompt_file is None:
         note_file(args.prompt, "--prompt_file gives what the file holds")
@@ -64,7 +64,7 @@ def read_prompt(args: argparse.Namespace) -> str | bytes:
 
 
 def take_back(ids: list[int], vocab: Vocab) -> tuple[list[int], bytes]:
-    """Takes back the last tokens of a prompt that a longer token might have had a part in.
+    """Takes back the tokens at the end of a prompt that may be the beginning of a longer one.
 
     In the training text, "O:" may always be part of the token "O:\\n". A network that reads "O" and
     ":" has never seen a line end after them, and does not expect one. So the network gets the

@@ -265,7 +265,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0
 # a third of the time, or less, of `attention` and of PyTorch's dropout, forward and backward (two
 # cores, float32, this network's sizes). On a GPU a fused kernel attends.
 
-QUERIES = 64  # at a time: fewer start more operations, more compute more scores of the future
+QUERIES = 64  # at a time: fewer mean more operations, more mean more scores of the future
 this_thread = threading.local()
 
 
@@ -280,7 +280,7 @@ def dropout_from(generator: torch.Generator) -> Iterator[None]:
 
 
 def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
-    """Draws a tensor on the CPU of zeros, with probability p to within 2^-16, and ones.
+    """Draws a tensor on the CPU: zeros, with probability p to within 2^-16, else ones.
 
     Each random integer of 64 bits serves as four coins of 16 bits.
     """
@@ -804,8 +804,8 @@ def tile_starts(data: torch.Tensor | MappedTokens, block_size: int,
                 most: int | None = None) -> torch.Tensor:
     """Returns where the windows begin that lie side by side in data, (N,): (windows,) int64.
 
-    Of more than `most` windows it takes so many, evenly spread. What is left at the end and shorter
-    than a window is left out.
+    Where there are more than `most`, it takes that many, evenly spread. A rest shorter than a
+    window is left out.
     """
     tiles = (len(data) - 1) // block_size
     chosen = torch.linspace(0, tiles - 1, min(most or tiles, tiles), dtype=torch.float64)
@@ -821,7 +821,7 @@ def mean_loss(model: GPT, data: torch.Tensor | MappedTokens, starts: torch.Tenso
     training, T = model.training, model.config.block_size
     model.eval()
     total = torch.zeros((), device=data.device)
-    # Few windows at once take less memory and are faster on a CPU; their logits take 16 MB at most.
+    # Few windows at once take less memory and are faster on a CPU: one, or 16 MB of logits at most.
     for part in starts.split(max(1, min(16, 2**22 // (T * model.config.vocab_size)))):
         total += model(*windows(data, part, T))[1] * len(part)
     model.train(training)
@@ -843,7 +843,7 @@ def limit_threads() -> None:
 
 
 def works(gpu: str) -> bool:
-    """Returns whether PyTorch can compute on a GPU, as it cannot where it was built without it."""
+    """Returns whether PyTorch can compute on a GPU: not if it was built without kernels for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # several lines about the same
         try:

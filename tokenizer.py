@@ -346,7 +346,7 @@ class BasicTokenizer:
                              f"the ids are 0 to {self.vocab_size - 1}") from None
 
     def count_characters(self, ids: np.ndarray) -> int:
-        """Counts the characters of token ids: the bytes, but for those that continue one."""
+        """Counts the characters of token ids: all bytes but those that continue one."""
         characters = [sum(byte & 0xC0 != 0x80 for byte in spelled)
                       for spelled in self.vocab.values()]
         blocks = (ids[start:start + BLOCK] for start in range(0, len(ids), BLOCK))
@@ -739,7 +739,7 @@ def bounded(kind: type, minimum: float,
             below: float | None = None) -> Callable[[str], int | float]:
     """Returns a `type` for argparse: an int or float of at least `minimum` and less than `below`.
 
-    It refuses nan, inf and whole numbers beyond 2**63 - 1, which PyTorch cannot hold, too.
+    It also refuses nan, inf and whole numbers beyond 2**63 - 1, which PyTorch cannot hold.
     """
     def convert(text):
         try:

@@ -424,8 +424,8 @@ class Trainer:
     def update(self) -> None:
         """Lets the optimizers move the weights.
 
-        If gradients overflowed in float16, the scaler skips the optimizer they belong to; of two,
-        both must be skipped. Only then the norm is looked at, which makes a GPU wait.
+        If gradients overflowed in float16, the scaler skips the optimizer they belong to. Of two,
+        both must be skipped: only with two the norm is looked at, which makes a GPU wait.
         """
         two = len(self.optimizers) > 1 and self.scaler.is_enabled()
         if not two or self.grad_norm.isfinite():
@@ -842,8 +842,8 @@ def init_heads(model: GPT, tokens: torch.Tensor) -> None:
     h looks at the token h + 1 places back; heads 0 and 1 copy what they see there into channels of
     their own. In the second layer, head 0 looks for places that follow the same token as the one
     just read, head 1 for those that follow the same two: there stands what came next that time
-    (induction heads, Olsson et al. 2022). All other weights by which blocks add something start at
-    0. The factors were found by trial. tokens, of the text: (N,) int64 or int32.
+    (induction heads, Olsson et al. 2022). All other matrices by which blocks add something start
+    at 0. The factors were found by trial. tokens, of the text: (N,) int64 or int32.
     """
     C, H, D = model.config.n_embd, model.config.n_head, model.config.head_size
     # pairs of a sine and a cosine: in all positions, and in a head
@@ -1082,7 +1082,7 @@ def make_room(out_dir: Path, tokenizer: BasicTokenizer) -> None:
 
 def move_aside(out_dir: Path, networks: list[Path], tokenizer: BasicTokenizer | None,
                keep: bool) -> None:
-    """Moves networks, their tokenizer unless it is to be kept, too, and what else a run made."""
+    """Moves networks, their tokenizer and all else a run made; `keep` leaves the tokenizer, too."""
     number = next(n for n in range(1, 10**6) if not (out_dir / f"earlier-{n}").exists())
     earlier = out_dir / f"earlier-{number}"
     if tokenizer:  # first, as only this may find the disk full
