@@ -179,7 +179,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.top_p is not None and not 0 < args.top_p <= 1:  # beyond `bounded`: 0 is out, 1 is in
         parser.error(f"argument --top_p: must be more than 0 and at most 1, not {args.top_p}")
-    if args.out and args.out.exists() and args.out.suffix in (".pt", ".pkl", ".csv", ".npz"):
+    of_run = {".pt", ".pkl", ".csv", ".npz"}
+    if args.out and args.out.exists() and of_run & {*args.out.suffixes}:  # last.pt.old, too
         parser.error(f"argument --out: {args.out} may be a file of a run: name another file")
     return args
 

@@ -132,8 +132,9 @@ def main() -> None:
     before, checkpoint = load_model(path, tokenizer.fingerprint, tokenizer.vocab_size)
     if checkpoint.get("int8"):
         raise ValueError(f"{path} is quantized already: name a float checkpoint with --checkpoint")
-    if out.exists() and (out.name in ("model.pt", "last.pt") or out.samefile(path)):
-        raise ValueError(f"--out {out}: a float network would be lost, name another file")
+    of_run = out.suffix != ".pt" or out.name in ("model.pt", "last.pt")
+    if out.exists() and (of_run or out.samefile(path)):
+        raise ValueError(f"--out {out} may be a file of a run: name another file")
     tokens = load_tokens(tokenizer, args.data_path, out_dir)
     _, val = split(tokens.ids, before.config.block_size)
     if checkpoint.get("text") not in (None, tokens.digest):

@@ -186,4 +186,5 @@ def test_what_is_missing_or_wrong_is_named(finished_run, tiny_text, tmp_path):
             ("another tokenizer", "--out_dir", other, "--checkpoint", alone),
             ("cannot read .*none", "--prompt_file", none), ("--device tpu", "--device", "tpu")):
         assert re.search(message, complaint(run("generate.py", *flags)))
-    assert "name another file" in complaint(run("generate.py", "--out", alone), 2)
+    for file in alone, finished_run / "last.pt.old":
+        assert "name another file" in complaint(run("generate.py", "--out", file), 2)

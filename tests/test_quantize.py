@@ -43,7 +43,8 @@ def test_mistakes_get_one_line_and_overwrite_nothing(quantized_run, tiny_text, t
     short.write_text("too short")
     for message, *flags in (
             ("quantized already", "--checkpoint", quantized_run / "model_int8.pt"),
-            ("name another file", "--out", quantized_run / "last.pt"),
+            *(("name another file", "--out", quantized_run / name) for name in (
+                "last.pt", "merges.pkl")),
             ("name another file", "--checkpoint", copied, "--out", copied),
             ("no checkpoint at", "--checkpoint", none),
             ("there is no text at", "--data_path", none), ("too short", "--data_path", short)):
