@@ -417,7 +417,7 @@ def load_tokens(tokenizer: BasicTokenizer, path: str | Path, folder: str | Path)
         ids = tokenizer.encode_array(text)
         return Tokens(ids, hashlib.sha256(ids).hexdigest(), len(text.encode()), len(text))
     file, text, of_text = Path(folder) / "tokens.bin", os.stat(path), hashlib.sha256()
-    with suppress(OSError, ValueError, LookupError, TypeError):  # it is missing, or damaged
+    with suppress(FileNotFoundError, ValueError, LookupError, TypeError):  # missing, or damaged
         with open(file, "rb") as header:
             facts = json.loads(header.read(HEADER))
         same = (facts["tokenizer"], facts["size"]) == (tokenizer.fingerprint, text.st_size)
@@ -484,7 +484,7 @@ def encode_blocks(tokenizer: BasicTokenizer, blocks: Iterable[bytes]) -> Iterato
                 yield ids
             for process in itertools.islice(turns, cores):
                 yield pickle.load(process.stdout)
-    except (EOFError, BrokenPipeError) as error:
+    except (EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError("a process that encoded the text was ended, for lack of memory perhaps"
                          ) from error
 
@@ -587,7 +587,8 @@ def read_merges(folder: Path) -> Merges:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} is no tokenizer file ({error!s:.120}): make it anew with python "
-                         f"tokenizer.py train --data_path TEXT --out_dir {folder}") from error
+                         "tokenizer.py train --vocab_size N --data_path TEXT --out_dir "
+                         f"{folder}") from error
     return merges
 
 
@@ -787,9 +788,10 @@ def default_run(file: str) -> Path:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a binary file that takes the place of `path` once it is complete.
 
-    Whatever happens, `path` is what it was or all of the new file. An exception removes the
-    temporary file beside it, `.{name}.tmp`; a killed process leaves that for the next write to
-    replace. Creates the folder, follows a symbolic link, and raises OSError with the path in it.
+    With one writer at a time `path` is what it was or all of the new file, whatever happens. An
+    exception removes the temporary file beside it, `.{name}.tmp`; a killed process leaves that for
+    the next write to replace. Creates the folder, follows a symbolic link, and raises OSError with
+    the path in it.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.tmp")
@@ -945,7 +947,8 @@ def join_command(pattern: Path) -> str:
     """Says how to make one text of a pattern's files, books/*.txt say."""
     folder = pattern.parent.resolve()
     old, new = str(pattern.parent), free_name(str(folder.parent / (folder.name or "all")))
-    command = f"cat {shlex.quote(old)}/{pattern.name} > {shlex.quote(new)}"
+    name = re.sub(r"[^*?[\]]+", lambda part: shlex.quote(part[0]), pattern.name)
+    command = f"cat {shlex.quote(old)}/{name} > {shlex.quote(new)}"
     if os.name == "nt":
         texts = f"[p.read_bytes() for p in Path({old!r}).glob({pattern.name!r})]"
         command = ("python -c \"from pathlib import Path; "

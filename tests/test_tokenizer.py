@@ -1,6 +1,7 @@
 """tokenizer.py: the textbook's merges and ids, safe files, clear errors."""
 import argparse
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -259,11 +261,11 @@ def test_a_bad_byte_is_on_the_same_line_wherever_one_begins_to_read(path, monkey
 def test_of_several_texts_it_says_how_to_make_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("books").mkdir()
-    Path("books/1.txt").write_text("one\n")
+    Path("books/a b 1.txt").write_text("one\n")
     assert read_text("books/*.txt") == "one\n"
-    Path("books/2.txt").write_text("two\n")
+    Path("books/a b 2.txt").write_text("two\n")
     for pattern, message, made in (("books", "Is a directory", "books.txt"),
-                                   ("books/*.txt", "stands for 2 files", "books-2.txt")):
+                                   ("books/a b*.txt", "stands for 2 files", "books-2.txt")):
         with pytest.raises(ValueError, match=message) as error:
             read_text(pattern)
         subprocess.run(str(error.value).split("into one file with ")[1], shell=True, check=True)
@@ -364,6 +366,9 @@ def test_tokens_are_found_again_by_time_or_digest_and_changes_noticed(
     for damaged in file.read_bytes()[:-1], b"", b"{}", b"[3]":
         file.write_bytes(damaged)
         assert load({}) == data and encoded
+    monkeypatch.setattr(np, "memmap", MagicMock(side_effect=OSError("no mapping on this drive")))
+    with pytest.raises(OSError, match="no mapping"):  # and not encoded again, without end
+        load({})
 
 
 @pytest.mark.parametrize("data, message", [
@@ -380,6 +385,8 @@ def test_a_bad_place_far_in_leaves_nothing(path, small_limits, data, message):
 @pytest.mark.parametrize("happens, error, message", [
     (lambda path, process: signal.raise_signal(signal.SIGINT), KeyboardInterrupt, None),
     (lambda path, process: process.kill(), ValueError, "was ended, for lack of memory"),
+    (lambda path, process: setattr(process, "stdout", io.BytesIO(pickle.dumps(np.zeros(9))[:-9])),
+     ValueError, "was ended, for lack of memory"),  # in the middle of an answer
     (lambda path, process: os.utime(path, (1, 1)), ValueError, "was changed while it was read")])
 def test_an_encoding_that_fails_leaves_neither_file_nor_process(
         path, small_limits, monkeypatch, happens, error, message):
@@ -442,7 +449,7 @@ def test_hostile_files_give_one_clear_line(tmp_path, monkeypatch, content, messa
         read_merges(tmp_path)
     line = str(error.value)
     assert "merges.pkl" in line and "\n" not in line
-    assert line.endswith(f"python tokenizer.py train --data_path TEXT --out_dir {tmp_path}")
+    assert line.endswith(f"train --vocab_size N --data_path TEXT --out_dir {tmp_path}")
     assert not (tmp_path / "code_ran").exists()
 
 
