@@ -552,7 +552,9 @@ class Trainer:
         """Returns what a checkpoint for sampling holds: plain values, and weights on the CPU."""
         row = self.metrics[-1]
         weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
-        losses = {key: row[key] for key in ("train_loss", "val_loss", "val_nats_per_char")}
+        measured = row["iteration"] == self.iteration
+        losses = {key: row[key] if measured else math.nan  # between two evaluations
+                  for key in ("train_loss", "val_loss", "val_nats_per_char")}
         return {"config": asdict(self.config), "model": weights, "text": self.text_hash,
                 "tokenizer": self.tokenizer.fingerprint, "iteration": self.iteration} | losses
 
@@ -665,6 +667,9 @@ class Trainer:
         """Takes over the rows of metrics.csv and how far the run came."""
         if not {"train_loss", "val_loss", "val_nats_per_char"} <= {*last["columns"]}:
             raise ValueError("metrics without their columns")
+        held = last["metrics"].untyped_storage().nbytes()  # a row could stand for millions
+        if held < 8 * len(last["metrics"]) * len(last["columns"]):
+            raise ValueError("more metrics than the file holds")
         for values in last["metrics"].tolist():
             row = dict(zip(last["columns"], values, strict=True))
             whole = {name: int(row[name]) for name in ("iteration", "tokens_seen")}
@@ -1011,7 +1016,8 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[BasicTokenizer, Tokens]:
     if fixed or (folder / "merges.pkl").exists():
         tokenizer = BasicTokenizer(out_dir=folder)
         texts, needed = digests(folder, "text"), digests(folder, "tokenizer")
-        texts = {texts[network] for network in texts if needed[network] == tokenizer.fingerprint}
+        texts = {texts[network] for network in texts
+                 if needed.get(network) == tokenizer.fingerprint}  # one may just have been renamed
         tokens = load_tokens(tokenizer, args.data_path, args.out_dir)
         if fixed or texts <= {None} or tokens.digest in texts:
             if not args.init_from and tokenizer.vocab_size != args.vocab_size:

@@ -351,7 +351,9 @@ def test_a_run_holds_its_folder_until_ctrl_c_saves_it_and_says_how_to_go_on(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and err == "\nfinishing, then saving\n"
     assert f"train.py --resume --out_dir {tmp_path}" in out
-    flags = "--max_iters", saved_iteration(tmp_path) + 5
+    last = load_checkpoint(tmp_path / "last.pt")
+    assert math.isnan(last["val_loss"]) == (last["iteration"] % 500 > 0)  # not of these weights
+    flags = "--max_iters", last["iteration"] + 5
     resume(tmp_path, *flags)
     train(tmp_path / "unbroken", *flags)
     assert same_run(tmp_path, tmp_path / "unbroken")
@@ -432,7 +434,8 @@ def test_resuming_what_is_not_that_run_is_refused(resume, tiny_run, tmp_path, ot
     assert "nothing to resume" in refusal(resume, tmp_path / "empty")
     last = load_checkpoint(tiny_run / "last.pt")
     weights = {name: weight.bfloat16() for name, weight in last["model"].items()}
-    for change in {"model": weights}, {"metrics": last["metrics"] * torch.inf}:
+    for change in ({"model": weights}, {"metrics": last["metrics"] * torch.inf},
+                   {"metrics": last["metrics"][:1].expand(10**6, -1)}):  # a row's bytes in a file
         torch.save(last | change, tiny_run / "last.pt")
         assert "last.pt does not hold the state of this training" in refusal(resume, tiny_run)
 

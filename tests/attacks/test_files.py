@@ -183,6 +183,7 @@ def absurd_files(model, last):
     moments = torch.zeros(1, 1, dtype=torch.int8).expand(5 * 10**7, 16)
     yield "moments of no bytes", "last.pt", with_entry(
         last, ["optimizers", 0, "state", 0, "exp_avg"], moments)
+    yield "rows of no bytes", "last.pt", last | {"metrics": last["metrics"][:1].expand(10**9, -1)}
     yield "20,000 layers", "model.pt", with_entry(model, ["config", "n_layer"], 20_000)
     yield "an unknown call", "model.pt", model | {"x": Call((bytearray, (10**9,)))}
     yield "16 MB of lists", "model.pt", zipped(
