@@ -30,6 +30,7 @@ from model import (
     save_checkpoint,
     split,
     tile_starts,
+    use_int8,
     windows,
 )
 from quantize import quantize_dynamic
@@ -180,14 +181,22 @@ def test_logits_with_the_cache_equal_those_without(small, batch_size, sharpness)
 
 
 @pytest.mark.parametrize("rows, threads", [(1, 1), (3, 2)])
-def test_a_step_of_one_row_takes_one_thread_and_gives_the_others_back(small, rows, threads):
-    decoder, idx, before = Decoder(small, rows), random_ids(rows, 1), torch.get_num_threads()
-    decoder.prefill(idx)
-    decoder.read = lambda *args: torch.get_num_threads()
+def test_a_single_int8_row_takes_one_thread_and_gives_the_others_back(small, rows, threads):
+    use_int8(small, quantize_dynamic(small))
+    decoder, idx = Decoder(small, rows), random_ids(rows, 1)
+    before, seen = torch.get_num_threads(), []
+
+    def look(*args):
+        seen.append(torch.get_num_threads())
+
+    small.head.register_forward_hook(look)
     torch.set_num_threads(2)
-    seen = decoder.step(idx[:, 0]), torch.get_num_threads()
+    decoder.prefill(idx)
+    decoder.read = look
+    decoder.step(idx[:, 0])
+    look()
     torch.set_num_threads(before)
-    assert seen == (threads, 2)
+    assert seen == [threads, threads, 2]
 
 
 def test_steps_of_fixed_shapes_for_a_cuda_graph_give_the_same_logits(small):
