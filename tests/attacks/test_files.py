@@ -66,9 +66,10 @@ def test_mutated_files_are_the_truth_or_refused(quantized_run, tmp_path, count):
     truth, refused = {name: load(folder / name) for name in NAMES}, Counter()
     for name in itertools.islice(itertools.cycle(NAMES), count):
         path = folder / name
-        path.write_bytes(mutate(original[name], original[chance.choice(NAMES)], chance))
+        mutated = mutate(original[name], original[chance.choice(NAMES)], chance)
+        path.write_bytes(mutated)
         try:
-            true = same(load(path), truth[name])
+            true = same(load(path), truth[name]) or mutated in original.values()  # a whole other
             assert true or name == "metrics.csv", f"{name}: another than the truth, in silence"
         except (ValueError, OSError) as error:
             assert name in str(error) and str(folder) in str(error), error
