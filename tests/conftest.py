@@ -189,6 +189,16 @@ def quantized_run(finished_run, tiny_text, tmp_path_factory):
 
 
 @pytest.fixture
+def call(monkeypatch):
+    """Calls main() or parse_args() of a script in this process, with these words after its name."""
+    def call_with(function, *words):
+        monkeypatch.setattr(sys, "argv", [f"{function.__module__}.py", *map(str, words)])
+        return function()
+
+    return call_with
+
+
+@pytest.fixture
 def new_trainer(monkeypatch):
     """Makes a Trainer in this process that hears no signal and lets go of its folder at once."""
     import train
@@ -200,12 +210,8 @@ def new_trainer(monkeypatch):
 
 
 @pytest.fixture
-def train_here(new_trainer, monkeypatch):
+def train_here(new_trainer, call):
     """Runs main() of train.py with such a Trainer."""
     import train
 
-    def train_with(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        train.main()
-
-    return train_with
+    return lambda *flags: call(train.main, *flags)

@@ -2,7 +2,6 @@
 import random
 import re
 import signal
-import sys
 from string import ascii_lowercase
 
 import pytest
@@ -13,11 +12,10 @@ from conftest import metrics
 
 
 @pytest.fixture
-def printed(monkeypatch, capsys):
+def printed(call, capsys):
     """Runs bench.py in this process. Returns what it prints."""
     def printed(command):
-        monkeypatch.setattr(sys, "argv", ["bench.py", *command.split()])
-        bench.main()
+        call(bench.main, *command.split())
         return capsys.readouterr().out
     return printed
 

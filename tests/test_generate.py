@@ -19,13 +19,11 @@ from tokenizer import TEMPERATURE, BasicTokenizer
 
 
 @pytest.fixture
-def sample(finished_run, tmp_path, monkeypatch, capsys):
+def sample(finished_run, tmp_path, call, capsys):
     """Runs main() in this process. Returns the bytes it writes to --out, and its notes."""
     def sample(*flags):
-        monkeypatch.setattr(sys, "argv", [
-            "generate.py", "--out_dir", str(finished_run), "--out", str(tmp_path / "out"),
-            "--device", "cpu", "--seed", "1", "--max_new_tokens", "5", *map(str, flags)])
-        main()
+        call(main, "--out_dir", finished_run, "--out", tmp_path / "out", "--device", "cpu",
+             "--seed", 1, "--max_new_tokens", 5, *flags)
         return (tmp_path / "out").read_bytes(), capsys.readouterr().err
 
     return sample

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import quantize
 import tokenizer
 import train as script
 from conftest import ROOT, TINY, losses, metrics, same_weights, start, wait_for
@@ -576,13 +577,8 @@ def test_another_long_text_gets_tokens_of_a_tokenizer_of_its_own(
     assert json.loads(head)["tokenizer"] == new.fingerprint
 
 
-def test_a_network_on_a_long_text_is_quantized_alike(tiny_run, tiny_text, mapped, monkeypatch,
-                                                     capsys):
-    import quantize
-
-    flags = "--out_dir", str(tiny_run), "--data_path", str(tiny_text)
-    monkeypatch.setattr(sys, "argv", ["quantize.py", *flags])
-    quantize.main()
+def test_a_network_on_a_long_text_is_quantized_alike(tiny_run, tiny_text, mapped, call, capsys):
+    call(quantize.main, "--out_dir", tiny_run, "--data_path", tiny_text)
     out, err = capsys.readouterr()
     loss = re.search(r"validation loss, nats per token +(\S+)", out)[1]
     _, entries = load_model(tiny_run / "model.pt")

@@ -2,7 +2,6 @@
 import math
 import re
 import resource
-import sys
 
 import pytest
 
@@ -49,12 +48,11 @@ PARSERS = {"train": train, "generate": generate, "tokenizer train": tokenizer,
            **{f"bench {name}": bench for name in ("tokenizer", "train", "sample", "quantize")}}
 
 
-def test_every_number_at_below_and_above_its_bounds(monkeypatch, capsys):
+def test_every_number_at_below_and_above_its_bounds(call, capsys):
     def refused(command, *flags):
         """Returns the output, or the error beside the usage; nothing if the flags pass."""
-        monkeypatch.setattr(sys, "argv", [*command.split(), *flags])
         try:
-            PARSERS[command].parse_args()
+            call(PARSERS[command].parse_args, *command.split()[1:], *flags)
         except SystemExit as end:
             out, err = capsys.readouterr()
             assert end.code == 2 or flags == ("--help",)
@@ -79,7 +77,7 @@ def test_every_number_at_below_and_above_its_bounds(monkeypatch, capsys):
     assert checked == BOUNDS.keys()
 
 
-def test_patterns_left_alone_by_the_shell_stand_for_files(tmp_path, monkeypatch, capsys):
+def test_patterns_left_alone_by_the_shell_stand_for_files(tmp_path, monkeypatch, call, capsys):
     """On Windows it leaves *.txt alone."""
     monkeypatch.chdir(tmp_path)
     for name in "best-1.pt", "best-2.pt", "[1].txt", "1.txt":
@@ -90,11 +88,9 @@ def test_patterns_left_alone_by_the_shell_stand_for_files(tmp_path, monkeypatch,
                         ("checkpoint", generate.parse_args), ("prompt_file", generate.parse_args),
                         ("checkpoint", quantize.parse_args)):
         for given, found in ("*2.pt", "best-2.pt"), ("[1].txt", "[1].txt"), ("none*", "none*"):
-            monkeypatch.setattr(sys, "argv", ["x", f"--{flag}", given])
-            assert vars(parse())[flag].name == found
-        monkeypatch.setattr(sys, "argv", ["x", f"--{flag}", "best*"])
+            assert vars(call(parse, f"--{flag}", given))[flag].name == found
         with pytest.raises(SystemExit):
-            parse()
+            call(parse, f"--{flag}", "best*")
         assert "best* stands for 2 files: name one" in capsys.readouterr().err
 
 
