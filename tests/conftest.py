@@ -183,7 +183,9 @@ def tiny_run(finished_run, tmp_path):
 def quantized_run(finished_run, tiny_text, tmp_path_factory):
     """A copy with model_int8.pt, without last.pt.old, which would hide a damaged last.pt."""
     folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("quantized") / "run")
-    assert run("quantize.py", "--out_dir", folder, "--data_path", tiny_text).returncode == 0
+    process = run("quantize.py", "--out_dir", folder, "--data_path", tiny_text)
+    assert (process.returncode, process.stderr) == (0, "")
+    (folder / "stdout.txt").write_text(process.stdout)
     (folder / "last.pt.old").unlink()
     return folder
 

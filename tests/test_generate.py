@@ -29,21 +29,18 @@ def sample(finished_run, tmp_path, call, capsys):
     return sample
 
 
-@pytest.mark.parametrize("prompt", ["\n", "ROMEO:"])
-def test_samples_depend_on_their_seed_alone_and_without_chance_on_none(sample, prompt):
-    def samples(number, seed, temperature=1):
-        text, _ = sample("--prompt", prompt, "--num_samples", number, "--seed", seed,
-                         "--max_new_tokens", 40, "--temperature", temperature)
+def test_samples_depend_on_their_seed_alone_and_without_chance_on_none(sample):
+    def samples(number, seed, *flags):
+        text, _ = sample("--prompt", "ROMEO:", "--num_samples", number, "--seed", seed,
+                         "--max_new_tokens", 40, *flags)
         parts = re.split(rb"--- sample . of . ---\n", text)
         return [part.rstrip(b"\n") for part in parts if part]
 
     six = samples(6, 5)
     assert samples(1, 5) == six[:1] and samples(3, 5) == six[:3]
     assert len({*six, *samples(3, 6)}) == 9
-    assert len({*samples(3, 5, 0), *samples(3, 6, 0)}) == 1
     for likeliest in ("--temperature", 0), ("--top_k", 1), ("--top_p", 1e-9):
-        flags = "--prompt", prompt, *likeliest
-        assert sample(*flags)[0] == sample(*flags, "--seed", 2)[0]
+        assert len({*samples(3, 5, *likeliest), *samples(3, 6, *likeliest)}) == 1
 
 
 @pytest.mark.parametrize("prompt", [
@@ -130,14 +127,6 @@ def test_each_token_is_shown_at_once_but_no_half_character():
     assert terminal.getvalue() == b"I, romeo\n"
 
 
-def test_the_output_is_valid_utf8_at_every_flush(finished_run):
-    flags = "--temperature", 50, "--max_new_tokens", 400, "--seed", 0  # breaks characters
-    process = start("generate.py", "--out_dir", finished_run, *flags, stderr=None, text=False)
-    pieces = iter(lambda: os.read(process.stdout.fileno(), 65536), b"")
-    assert "\ufffd" in "".join(piece.decode("utf-8") for piece in pieces)  # none ends in one
-    assert process.wait() == 0
-
-
 def test_an_interrupt_ends_cleanly_with_what_there_is(finished_run):
     process = start("generate.py", "--out_dir", finished_run, "--max_new_tokens", 10**6)
     first = process.stdout.read(50)
@@ -160,13 +149,14 @@ def test_numpy_gets_one_thread_or_what_it_is_told_and_pytorch_all(monkeypatch, o
     assert said.split() == [str(threads), str(own), str(torch.get_num_threads())]
 
 
-def test_training_and_quantizing_show_what_is_sampled_by_default(tiny_run, tiny_text):
+def test_training_and_quantizing_show_what_is_sampled_by_default(finished_run, quantized_run):
     def sampled(file, *flags):
-        return run("generate.py", "--checkpoint", tiny_run / file, "--seed", 1337, *flags).stdout
+        file = quantized_run / file
+        return run("generate.py", "--checkpoint", file, "--seed", 1337, *flags).stdout
 
-    shown = (tiny_run / "stdout.txt").read_text()
+    shown = (finished_run / "stdout.txt").read_text()
     assert f"):\n{sampled('model.pt', '--max_new_tokens', 200)}\nmodel.pt," in shown
-    shown = run("quantize.py", "--out_dir", tiny_run, "--data_path", tiny_text).stdout
+    shown = (quantized_run / "stdout.txt").read_text()
     for name, file in ("float32", "model.pt"), ("int8", "model_int8.pt"):
         text = sampled(file, "--max_new_tokens", 150, "--temperature", TEMPERATURE)
         assert f"--- {name}, seed 1337 ---\n{text}\n" in shown
@@ -177,8 +167,8 @@ def test_what_is_missing_or_wrong_is_named(finished_run, tiny_text, tmp_path):
     alone = shutil.copy(finished_run / "model.pt", tmp_path)
     BasicTokenizer(tiny_text, 290, out_dir=other)
     for message, *flags in (
-            ("no checkpoint at .*none: train one with `python train.py`", "--checkpoint", none),
-            ("no checkpoint at .*other.model.pt", "--out_dir", other),
+            ("no checkpoint at .*other.model.pt: train one with `python train.py`",
+             "--out_dir", other),
             ("other is a folder: name it with --out_dir", "--checkpoint", other),
             ("copy merges.pkl and vocab.pkl", "--out_dir", tmp_path),
             ("another tokenizer", "--out_dir", other, "--checkpoint", alone),

@@ -578,10 +578,11 @@ def test_another_long_text_gets_tokens_of_a_tokenizer_of_its_own(
 
 
 def test_a_network_on_a_long_text_is_quantized_alike(tiny_run, tiny_text, mapped, call, capsys):
-    call(quantize.main, "--out_dir", tiny_run, "--data_path", tiny_text)
+    small = tiny_run / "small.pt"
+    call(quantize.main, "--out_dir", tiny_run, "--data_path", tiny_text, "--out", small)
     out, err = capsys.readouterr()
     loss = re.search(r"validation loss, nats per token +(\S+)", out)[1]
-    _, entries = load_model(tiny_run / "model.pt")
+    _, entries = load_model(small)
     assert float(loss) == pytest.approx(entries["val_loss"], abs=1e-3) and not err
 
 
