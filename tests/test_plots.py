@@ -1,7 +1,5 @@
 """plots.py: pictures that say what a made-up run says; a mistake is one line."""
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ import torch
 from PIL import Image
 
 import plots
-from conftest import ROOT, complaint, contents, run
+from conftest import ROOT, complaint, contents, python, run
 from model import load_model
 from tokenizer import BasicTokenizer
 
@@ -83,15 +81,11 @@ def test_four_pictures_as_wide_as_a_readme_and_their_paths_printed(folder):
             assert len(image.convert("RGB").getcolors(2**24)) > 50  # not an empty sheet
 
 
-def test_the_same_run_gives_the_same_bytes(folder):
+def test_the_pictures_say_what_the_table_holds_in_the_same_bytes_each_time(folder):
     draw(folder, "--format", "svg")
     before = contents(folder)
     draw(folder, "--format", "svg")
     assert contents(folder) == before
-
-
-def test_the_pictures_say_what_the_table_holds(folder):
-    draw(folder, "--format", "svg")
     assert {f"Best validation loss: {3 / 1.9408:.4f} nats per character, at iteration 4,000",
             "validation: best 3.0000", "train", "validation", "iteration", "learning",
             "loss, nats per token", "nats per character", f"20 ({20e6 / 516651:.3g})",
@@ -260,4 +254,4 @@ def test_characters_that_no_font_has_are_drawn_without_a_warning(tmp_path):
 
 def test_no_network_library_is_loaded():
     code = "import plots, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert python("-c", code, cwd=ROOT).returncode == 0

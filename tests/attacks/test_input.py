@@ -26,11 +26,6 @@ def test_a_text_that_cannot_be_trained_on_is_named(tmp_path, train_here, text, m
     assert not folder.exists()
 
 
-def test_ids_are_decoded_as_python_prints_them(finished_run):
-    ids = ["[72,", "105]", "[33,33]"]
-    assert run("tokenizer.py", "decode", "--out_dir", finished_run, *ids).stdout == "Hi!!"
-
-
 # ---- flags ----
 
 NONSENSE = ["", "x", "-", "1.2.3", "0x10", "\N{SNOWMAN}", "nan", "inf", "-inf"]
