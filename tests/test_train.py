@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tokenizer import PRETRAINED, BasicTokenizer
 from train import PRESETS, CoreThreads, parse_args, schedule
 
 PLAIN = "--dtype", "float32", "--dropout", 0, "--attention_dropout", 0
+NOHUP = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -79,16 +81,12 @@ def test_a_run_learns_and_leaves_what_scripts_need(finished_run):
     best, last = min(rows, key=lambda row: row["val_loss"]), rows[-1]
     assert [row["iteration"] for row in rows] == [0, 20, 40, 60]
     assert last["val_loss"] < rows[0]["val_loss"] - 1
-    assert last["tokens_seen"] == 60 * 4 * 16
     assert last["tokens_per_second"] > 0 and last["grad_norm"] > 0
-    assert {path.name for path in finished_run.iterdir()} == {
-        "merges.pkl", "vocab.pkl", "model.pt", "last.pt", "last.pt.old", "metrics.csv",
-        "histograms.npz", ".lock", "stdout.txt"}
     assert (entries["iteration"], entries["val_loss"]) == (best["iteration"], best["val_loss"])
     assert not entries.keys() & {"optimizers", "scaler", "batches", "random"}
 
 
-def test_it_prints_losses_per_token_and_character_and_a_sample(finished_run, tiny_text):
+def test_it_prints_losses_per_token_and_character(finished_run, tiny_text):
     printed, row = (finished_run / "stdout.txt").read_text(), metrics(finished_run)[-1]
     tokenizer = BasicTokenizer(out_dir=finished_run)
     tokens = tokenizer.encode_array(tiny_text.read_bytes())
@@ -96,7 +94,7 @@ def test_it_prints_losses_per_token_and_character_and_a_sample(finished_run, tin
     per_char = row["val_loss"] * len(val) / len(tokenizer.decode(val.tolist()))  # not per byte
     assert row["val_nats_per_char"] == pytest.approx(per_char, rel=1e-3)
     for text in (f"val loss {row['val_loss']:.4f} nats per token",
-                 f"{row['val_nats_per_char']:.4f} per character", "a sample", str(finished_run)):
+                 f"{row['val_nats_per_char']:.4f} per character", str(finished_run)):
         assert text in printed
 
 
@@ -184,12 +182,11 @@ def test_gradients_are_those_of_the_whole_batch_however_computed(make_trainer, m
                 torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("muon_lr", [0, 0.02])
-def test_recording_an_iteration_is_no_step(make_trainer, monkeypatch, muon_lr):
+def test_recording_an_iteration_is_no_step(make_trainer, monkeypatch):
     monkeypatch.setattr(script, "cuda_graph", graph_stand_in)
     trainers = []
     for record in False, True:
-        trainer = make_trainer("--muon_lr", muon_lr, "--gradient_accumulation_steps", 2)
+        trainer = make_trainer("--muon_lr", 0.02, "--gradient_accumulation_steps", 2)
         trainer.gradients = trainer.plain_gradients
         if record:
             trainer.learn = trainer.recorded(trainer.learn)
@@ -343,12 +340,13 @@ def saved_iteration(folder):
     return load_checkpoint(folder / "last.pt")["iteration"]
 
 
-def test_a_run_holds_its_folder_until_ctrl_c_saves_it_and_says_how_to_go_on(
+def test_under_nohup_a_run_holds_its_folder_until_ctrl_c_saves_it_and_says_how_to_go_on(
         long_run, train, resume, tmp_path, refusal):
-    process = long_run()
+    process = long_run(preexec_fn=NOHUP)
     for second in train, resume:
         assert "another training is running in" in refusal(second, tmp_path)
-    process.send_signal(signal.SIGINT)
+    for number in signal.SIGHUP, signal.SIGINT:  # the first stays ignored
+        process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and err == "\nfinishing, then saving\n"
     assert f"train.py --resume --out_dir {tmp_path}" in out
@@ -377,13 +375,6 @@ def test_a_run_ends_saved_where_its_reader_has_gone(long_run, tmp_path):
     process.stdout.close()
     assert process.wait(60) == 0 and not process.stderr.read()
     assert saved_iteration(tmp_path) > 0
-
-
-def test_a_signal_ignored_from_the_start_stays_ignored(long_run):
-    process = long_run(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # nohup
-    process.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
-    assert process.poll() is None
 
 
 def fail(*args):
@@ -631,7 +622,6 @@ def test_a_start_that_is_refused_says_why_and_leaves_nothing(
         shutil.copy(model, folder)
     for message, *flags in (
             ("too short", "--data_path", short, "--vocab_size", 270),
-            ("vocab_size can", "--data_path", other_text, "--vocab_size", 10_000),
             ("--compile is for CUDA", "--compile"),
             ("has 300 tokens, not 301", "--out_dir", same, "--vocab_size", 301),
             ("choose another folder", "--out_dir", PRETRAINED),
@@ -755,27 +745,24 @@ def test_two_processes_follow_the_curve_of_one_on_a_mapped_text(
     assert (two / "tokens.bin").exists()
 
 
-def test_two_processes_resume_what_started_from_a_network_with_a_teacher(
+def test_two_processes_resume_what_started_from_a_network_with_a_teacher_and_was_interrupted(
         tiny_text, finished_run, tmp_path):
-    model, unbroken = finished_run / "model.pt", tmp_path / "unbroken"
-    run_two(unbroken, tiny_text, "--init_from", model, "--teacher", model,
-            "--max_iters", 20, "--eval_interval", 10, "--train_temperature", 0.5)
-    loss = load_checkpoint(model)["val_loss"]  # whatever the temperature
-    assert losses(unbroken)[0][1] == pytest.approx(loss, abs=1e-4)
-    stopped = shutil.copytree(unbroken, tmp_path / "stopped")
-    (stopped / "last.pt.old").replace(stopped / "last.pt")  # as it was at iteration 10
-    assert saved_iteration(stopped) == 10
-    run_two(stopped, tiny_text, "--resume")
-    assert same_run(stopped, unbroken)
-
-
-def test_an_interrupt_ends_all_processes_and_saves(tiny_text, tmp_path):
-    process = start_two(tmp_path, tiny_text, "--max_iters", 100_000)
-    wait_for((tmp_path / "last.pt").exists, process)
+    model, stopped, unbroken = (finished_run / "model.pt", tmp_path / "stopped",
+                                tmp_path / "unbroken")
+    flags = ("--init_from", model, "--teacher", model, "--eval_interval", 10,
+             "--train_temperature", 0.5, "--max_iters")
+    process = start_two(stopped, tiny_text, *flags, 100_000)
+    wait_for((stopped / "last.pt").exists, process)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
     out, _ = process.communicate(timeout=60)
-    assert "stopped and saved at iteration" in out and saved_iteration(tmp_path) > 0
+    iterations = saved_iteration(stopped)
+    assert f"stopped and saved at iteration {iterations};" in out
+    run_two(stopped, tiny_text, "--resume", "--max_iters", iterations + 5)
+    run_two(unbroken, tiny_text, *flags, iterations + 5)
+    loss = load_checkpoint(model)["val_loss"]  # whatever the temperature
+    assert losses(unbroken)[0][1] == pytest.approx(loss, abs=1e-4)
+    assert same_run(stopped, unbroken)
 
 
 # ---- on a GPU ----
