@@ -64,10 +64,8 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("send, number", [
-    (os.killpg, signal.SIGINT), (os.kill, signal.SIGINT), (os.kill, signal.SIGKILL)])
-def test_a_training_cell_interrupted_or_killed_goes_on_if_run_again(
-        tiny_text, tmp_path, send, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_training_cell_interrupted_or_killed_goes_on_if_run_again(tiny_text, tmp_path, number):
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     folder = tmp_path / "checkpoints" / "notebook"
     flags = " ".join([*TINY, f"--data_path {tiny_text} --max_iters 20000 --eval_interval 20"])
@@ -83,9 +81,9 @@ def test_a_training_cell_interrupted_or_killed_goes_on_if_run_again(
         before = iteration()
         kernel = subprocess.Popen([sys.executable, "-c", KERNEL, code], cwd=tmp_path, text=True,
                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.PIPE, start_new_session=True)
+                                  stderr=subprocess.PIPE)
         wait_for(lambda before=before: iteration() > before, kernel)
-        send(kernel.pid, number)
+        kernel.send_signal(number)
         at_once = number == signal.SIGINT
         assert ("interrupted\n" in kernel.stderr) == at_once
         with open(folder / ".lock") as lock:  # free once the training has ended

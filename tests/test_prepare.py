@@ -18,19 +18,15 @@ CHANGED = TEXT[:-1] + b"?"
 class Server(ThreadingHTTPServer):
     """Answers a GET with `body`, announced as `length` bytes; then falls silent if `silent`."""
 
-    daemon_threads = True
-
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.status, self.body, self.length, self.silent = 200, TEXT, len(TEXT), False
-        self.requests, self.ended = 0, threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}/input.txt"
-
-    def handle_error(self, request, client_address):
-        """Is silent of a client that hangs up, as ours does when it is killed."""
+        self.requests, self.url = 0, f"http://127.0.0.1:{self.server_port}/input.txt"
 
 
 class Handler(BaseHTTPRequestHandler):
+    timeout = 60  # seconds to wait for a client
+
     def do_GET(self):
         self.server.requests += 1
         self.send_response(self.server.status)
@@ -38,16 +34,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(self.server.body)
         if self.server.silent:
-            self.server.ended.wait(60)
+            self.rfile.read(1)  # until the client hangs up
 
     def log_message(self, *args):
         """Keeps the output of the tests quiet."""
-
-
-def constants(server, folder, *others):
-    """What prepare.py is told instead of the real ones."""
-    return {"URLS": [source.url for source in (server, *others)], "SIZE": len(TEXT),
-            "SHA256": hashlib.sha256(TEXT).hexdigest(), "PATH": folder / "input.txt"}
 
 
 @pytest.fixture
@@ -55,16 +45,16 @@ def servers(tmp_path, monkeypatch):
     """The two sources of the text."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(sys, "argv", ["prepare.py"])
-    servers = Server(), Server()
-    for name, value in constants(servers[0], tmp_path, servers[1]).items():
-        monkeypatch.setattr(prepare, name, value)
-    for server in servers:
-        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    yield servers
-    for server in servers:
-        server.ended.set()
-        server.shutdown()
-        server.server_close()
+    with Server() as first, Server() as second:
+        for name, value in {"URLS": [first.url, second.url], "SIZE": len(TEXT),
+                            "SHA256": hashlib.sha256(TEXT).hexdigest(),
+                            "PATH": tmp_path / "input.txt"}.items():
+            monkeypatch.setattr(prepare, name, value)
+        for server in first, second:
+            threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+        yield first, second
+        for server in first, second:
+            server.shutdown()
 
 
 def test_a_good_download_is_written_whole_and_happens_once(servers, tmp_path, capsys):

@@ -522,13 +522,11 @@ def test_a_failed_write_keeps_the_old_file_and_every_write_keeps_a_link(tmp_path
     assert link.is_symlink()
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path):
+def test_what_is_not_a_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / ".full.tmp").symlink_to("/dev/full")
-    for name, reason in ("pipe", "it is not a file"), ("full", "No space left on device"):
-        with pytest.raises(OSError, match=f"cannot write .*{name}: {reason}"):
-            with atomic_write(tmp_path / name) as file:
-                file.write(b"x")
+    with pytest.raises(OSError, match="cannot write .*pipe: it is not a file"):
+        with atomic_write(tmp_path / "pipe") as file:
+            file.write(b"x")
 
 
 # ---- command line ----
