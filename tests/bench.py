@@ -87,18 +87,17 @@ def sampled_memory() -> Iterator[list[int]]:
     """Yields a list that grows, five times a second, by the bytes this process and its children
     hold, without pages mapped from files; zeros where there is no Linux to tell."""
     samples, ended = [0], threading.Event()
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
 
-    def held(folder):
+    def held(process):
         with contextlib.suppress(OSError):  # it has just ended
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if str(os.getpid()) in (parent, folder.name):
-                rollup = (folder / "smaps_rollup").read_text()
-                return 1024 * int(re.search(r"Pss_Anon: +(\d+)", rollup)[1])
+            rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+            return 1024 * int(re.search(r"Pss_Anon: +(\d+)", rollup)[1])
         return 0
 
     def sample():
-        while not ended.wait(0.2):
-            samples.append(sum(map(held, Path("/proc").glob("[0-9]*"))))
+        while children.exists() and not ended.wait(0.2):
+            samples.append(sum(map(held, ["self", *children.read_text().split()])))
 
     threading.Thread(target=sample, daemon=True).start()
     yield samples

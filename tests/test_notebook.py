@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -94,9 +94,7 @@ def test_a_training_cell_interrupted_or_killed_goes_on_if_run_again(tiny_text, t
 
 
 def test_a_run_on_colab_is_kept_where_asked(tmp_path, monkeypatch):
-    calls = []
-    colab = SimpleNamespace(drive=SimpleNamespace(mount=calls.append),
-                            files=SimpleNamespace(download=calls.append))
+    colab = MagicMock()
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     monkeypatch.chdir(tmp_path)
     os.mkdir("run")
@@ -105,7 +103,7 @@ def test_a_run_on_colab_is_kept_where_asked(tmp_path, monkeypatch):
     assert code.startswith('KEEP = ""')  # off by default
     for keep in "", "drive", "download":
         exec(code.replace('""', f'"{keep}"', 1), {"shutil": shutil, "FOLDER": "run"})
-    mounted, archive = calls
+    [mounted], [archive] = colab.drive.mount.call_args.args, colab.files.download.call_args.args
     shutil.unpack_archive(archive, "unpacked")
     for kept in f"{mounted}/MyDrive/gpt-from-scratch", "unpacked":
         assert Path(kept, "last.pt").read_text() == "weights"

@@ -109,7 +109,7 @@ def test_a_histogram_is_that_of_numpy():
 
 def test_every_output_of_every_relu_is_measured(finished_run):
     row = metrics(finished_run)[-1]
-    with np.load(finished_run / "histograms.npz", allow_pickle=False) as histograms:
+    with np.load(finished_run / "histograms.npz") as histograms:
         assert histograms["iteration"] == 60 and histograms["relu_edges"].shape == (2, 101)
         for layer, counts in enumerate(histograms["relu_counts"], 1):
             dead, zeros, grad_std = (row[f"relu{layer}_{name}"]
