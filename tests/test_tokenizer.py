@@ -12,7 +12,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
@@ -68,8 +68,7 @@ blocks = st.integers(1, 20) | st.just(tok.BLOCK)  # if small, a cut in a wrong p
 @settings(max_examples=500, deadline=None)
 @given(texts, st.integers(256, 300), blocks)
 def test_training_equals_the_textbook_whatever_the_blocks(data, vocab_size, block):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tok, "BLOCK", block)
+    with patch.multiple(tok, BLOCK=block):
         assert trained(data, vocab_size) == textbook_bpe_train(data, vocab_size)
 
 
@@ -81,9 +80,7 @@ def test_encoding_equals_the_textbook_and_decoding_undoes_it(data, other, block)
     for text in data, other, data + other:
         expected = textbook_bpe_encode(text, merges)
         assert tokenizer._encode_short(text).tolist() == expected
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tok, "SHORT", 0)
-            patch.setattr(tok, "BLOCK", block)
+        with patch.multiple(tok, SHORT=0, BLOCK=block):
             assert tokenizer.encode_array(text).tolist() == expected
         assert tokenizer.decode_bytes(expected) == text
 
@@ -248,14 +245,13 @@ def test_what_is_amiss_is_named_and_the_command_shown_makes_it_utf8(
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_a_bad_byte_is_on_the_same_line_wherever_one_begins_to_read(path, monkeypatch, end):
+def test_a_bad_byte_is_on_the_same_line_wherever_one_begins_to_read(path, end):
     half = (b"ab" + end) * 40
     path.write_bytes(half + b"\xff" + half)
-    monkeypatch.setattr(tok, "PIECE", 50)
     for long in tok.LONG, 100:
-        monkeypatch.setattr(tok, "LONG", long)
-        with pytest.raises(ValueError, match="byte 0xff on line 41"):
-            tok.learning_text(path)
+        with patch.multiple(tok, PIECE=50, LONG=long):
+            with pytest.raises(ValueError, match="byte 0xff on line 41"):
+                tok.learning_text(path)
 
 
 def test_of_several_texts_it_says_how_to_make_one(tmp_path, monkeypatch):
@@ -303,8 +299,7 @@ def long_tokens(path, data, merges):
     """Tokens of a file of these bytes, from tokens.bin, and as if it were short."""
     path.write_bytes(data)
     mapped = tok.load_tokens(tokenizer_of(merges), path, path.parent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tok, "LONG", len(data))
+    with patch.multiple(tok, LONG=len(data)):
         return mapped, tok.load_tokens(tokenizer_of(merges), path, path.parent / "none")
 
 
@@ -314,15 +309,14 @@ awkward = st.lists(st.sampled_from(["a", "b", "é", "日", "😀", "\n", "\r", "
 
 @given(awkward, st.integers(3, 60), st.integers(256, 290))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_blocks_of_a_file_have_the_ids_of_the_whole(path, monkeypatch, small_limits,
-                                                    text, block, size):
-    monkeypatch.setattr(tok, "encode_blocks", lambda tokenizer, blocks: (
-        tokenizer._encode_long(block) for block in blocks))
-    monkeypatch.setattr(tok, "LONG", 0)
-    monkeypatch.setattr(tok, "BLOCK", block)
+def test_blocks_of_a_file_have_the_ids_of_the_whole(path, text, block, size):
+    def encode_here(tokenizer, blocks):
+        yield from map(tokenizer._encode_long, blocks)
+
     path.with_name("tokens.bin").unlink(missing_ok=True)
     data = b"\xef\xbb\xbf" + text.encode()
-    long, short = long_tokens(path, data, trained(text.encode(), size)[0])
+    with patch.multiple(tok, LONG=0, BLOCK=block, encode_blocks=encode_here):
+        long, short = long_tokens(path, data, trained(text.encode(), size)[0])
     assert (type(long.ids), type(short.ids)) == (np.memmap, np.ndarray)
     assert long.ids.dtype == short.ids.dtype and long.ids.tolist() == short.ids.tolist()
     assert long.digest == short.digest == hashlib.sha256(short.ids).hexdigest()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import train as script
 from conftest import ROOT, TINY, losses, metrics, same_weights, start, wait_for
 from model import GPT, GPTConfig, attention, keep_mask, load_checkpoint, load_model
 from tokenizer import PRETRAINED, BasicTokenizer
-from train import PRESETS, CoreThreads, parse_args, schedule
+from train import PRESETS, CoreThreads, load_last, parse_args, schedule
 
 PLAIN = "--dtype", "float32", "--dropout", 0, "--attention_dropout", 0
 NOHUP = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
@@ -303,7 +304,7 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one(
         train(folder, "--max_iters", iterations, "--eval_interval", 10, *flags)
     if "--init_from" in flags:
         model.unlink()  # it is needed no more
-    last = load_checkpoint(stopped / "last.pt")
+    last = load_last(stopped)
     for group in (group for state in last["optimizers"] for group in state["param_groups"]):
         group |= {"lr": 1e-4, "capturable": False, "ns_steps": 5}  # as PyTorch's own leave it
     torch.save(last, stopped / "last.pt")
@@ -311,7 +312,7 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one(
     resume("stopped", "--max_iters", 30)  # the other flags are kept
     note = "note: --max_iters was 10 when this run was saved and is 30 from here on"
     assert note in capsys.readouterr().out and same_run(stopped, unbroken)
-    last, expected = (load_checkpoint(folder / "last.pt")["args"] for folder in (stopped, unbroken))
+    last, expected = (load_last(folder)["args"] for folder in (stopped, unbroken))
     assert last["lr_decay_iters"] == expected["lr_decay_iters"]  # the schedule, too, is longer now
 
 
@@ -336,10 +337,6 @@ def long_run(tiny_text, tmp_path):
         process.wait()
 
 
-def saved_iteration(folder):
-    return load_checkpoint(folder / "last.pt")["iteration"]
-
-
 def test_under_nohup_a_run_holds_its_folder_until_ctrl_c_saves_it_and_says_how_to_go_on(
         long_run, train, resume, tmp_path, refusal):
     process = long_run(preexec_fn=NOHUP)
@@ -350,7 +347,7 @@ def test_under_nohup_a_run_holds_its_folder_until_ctrl_c_saves_it_and_says_how_t
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and err == "\nfinishing, then saving\n"
     assert f"train.py --resume --out_dir {tmp_path}" in out
-    last = load_checkpoint(tmp_path / "last.pt")
+    last = load_last(tmp_path)
     assert math.isnan(last["val_loss"]) == (last["iteration"] % 500 > 0)  # not of these weights
     flags = "--max_iters", last["iteration"] + 5
     resume(tmp_path, *flags)
@@ -367,14 +364,14 @@ def test_a_stop_is_saved_whatever_the_output_is(long_run, tmp_path, output, numb
         process.stdout.close()
     process.send_signal(number)
     assert process.wait(60) == 128 + number or output == "unread"
-    assert saved_iteration(tmp_path) > 0
+    assert load_last(tmp_path)["iteration"] > 0
 
 
 def test_a_run_ends_saved_where_its_reader_has_gone(long_run, tmp_path):
     process = long_run("--eval_interval", 1)
     process.stdout.close()
     assert process.wait(60) == 0 and not process.stderr.read()
-    assert saved_iteration(tmp_path) > 0
+    assert load_last(tmp_path)["iteration"] > 0
 
 
 def fail(*args):
@@ -408,7 +405,7 @@ def test_where_last_pt_is_damaged_or_gone_its_predecessor_serves(resume, tiny_ru
     if gone:
         last.unlink()
     resume(tiny_run)
-    assert saved_iteration(tiny_run) == 60
+    assert load_last(tiny_run)["iteration"] == 60
     err = capsys.readouterr().err
     assert gone or "last.pt is not a checkpoint" in err
     assert (f"going on from {last}.old, iteration 40" in err) != gone
@@ -424,7 +421,7 @@ def test_resuming_what_is_not_that_run_is_refused(resume, tiny_run, tmp_path, ot
                             ("needs it no more", "--init_from", tiny_run / "model.pt")):
         assert message in refusal(resume, tiny_run, *flags)
     assert "nothing to resume" in refusal(resume, tmp_path / "empty")
-    last = load_checkpoint(tiny_run / "last.pt")
+    last = load_last(tiny_run)
     weights = {name: weight.bfloat16() for name, weight in last["model"].items()}
     for change in ({"model": weights}, {"metrics": last["metrics"] * torch.inf},
                    {"metrics": last["metrics"][:1].expand(10**6, -1)}):  # a row's bytes in a file
@@ -433,14 +430,14 @@ def test_resuming_what_is_not_that_run_is_refused(resume, tiny_run, tmp_path, ot
 
 
 def test_a_run_of_any_length_takes_flags_given_anew(resume, tiny_run, capsys):
-    last = load_checkpoint(tiny_run / "last.pt")
+    last = load_last(tiny_run)
     row = last["metrics"][-1:]
     torch.save(last | {"metrics": row.repeat(30_000, 1)}, tiny_run / "last.pt")
     resume(tiny_run, "--weight_decay", 0.5, "--beta2", 0.9, "--dropout", 0, "--batch_size", 8,
            "--max_iters", 62)
     note = "--weight_decay was 0.01 when this run was saved and is 0.5"
     assert note in capsys.readouterr().out
-    last = load_checkpoint(tiny_run / "last.pt")
+    last = load_last(tiny_run)
     groups = last["optimizers"][0]["param_groups"]
     assert last["config"]["dropout"] == 0
     assert [group["weight_decay"] for group in groups] == [0.5, 0]
@@ -450,14 +447,14 @@ def test_a_run_of_any_length_takes_flags_given_anew(resume, tiny_run, capsys):
 
 
 def test_a_run_saved_on_another_device_goes_on_and_says_so(resume, tiny_run, capsys):
-    last, state = load_checkpoint(tiny_run / "last.pt"), torch.zeros(16, dtype=torch.uint8)
+    last, state = load_last(tiny_run), torch.zeros(16, dtype=torch.uint8)
     other = {"device": "cuda", "batches": state, "random": [state], "scaler": {}}
     torch.save(last | other, tiny_run / "last.pt")
     resume(tiny_run, "--max_iters", 61)
     assert "saved on 1 x cuda, going on on 1 x cpu" in capsys.readouterr().out
     first = torch.Generator().manual_seed(1337)
     torch.randint(100, (4,), generator=first)
-    batches = load_checkpoint(tiny_run / "last.pt")["batches"]
+    batches = load_last(tiny_run)["batches"]
     assert not torch.equal(batches, first.get_state())  # the first batch is not drawn again
 
 
@@ -542,8 +539,7 @@ def test_a_mapped_text_trains_as_one_in_memory_without_bpe_dropout(
     train(mapped, *flags, "--bpe_dropout", 0.2)
     assert capsys.readouterr().out.count("without BPE-dropout") == 1
     BasicTokenizer(out_dir=mapped).save(memory)
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenizer, "LONG", 10**6)
+    with patch.multiple(tokenizer, LONG=10**6):
         train(memory, *flags)
     rows = [[row | {"seconds": 0, "tokens_per_second": 0} for row in metrics(folder)]
             for folder in (mapped, memory)]
@@ -584,8 +580,7 @@ def test_a_run_starts_from_another_network_on_another_text(train_here, finished_
     train_here("--init_from", finished_run / "model.pt", "--device", "cpu", "--batch_size", 4,
                "--preset", "fast", "--max_iters", 1, "--data_path", other_text,
                "--out_dir", tmp_path)
-    source, last = (load_checkpoint(path) for path in (finished_run / "model.pt",
-                                                       tmp_path / "last.pt"))
+    source, last = load_checkpoint(finished_run / "model.pt"), load_last(tmp_path)
     assert last["config"] == source["config"] | {"dropout": 0.05, "attention_dropout": 0.0}
     assert last["tokenizer"] == source["tokenizer"]
 
@@ -656,7 +651,7 @@ def test_a_drive_without_locks_is_no_obstacle(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(train, tmp_path):
     with pytest.raises(ValueError, match="not a finite number: .*--learning_rate"):
         train(tmp_path, "--learning_rate", "1e30", "--max_iters", 50)
-    weights = load_checkpoint(tmp_path / "last.pt")["model"].values()
+    weights = load_last(tmp_path)["model"].values()
     assert all(tensor.isfinite().all() for tensor in weights)
 
 
@@ -756,7 +751,7 @@ def test_two_processes_resume_what_started_from_a_network_with_a_teacher_and_was
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
     out, _ = process.communicate(timeout=60)
-    iterations = saved_iteration(stopped)
+    iterations = load_last(stopped)["iteration"]
     assert f"stopped and saved at iteration {iterations};" in out
     run_two(stopped, tiny_text, "--resume", "--max_iters", iterations + 5)
     run_two(unbroken, tiny_text, *flags, iterations + 5)
@@ -777,7 +772,7 @@ def test_a_gpu_trains_and_resumes(train, resume, tmp_path, flags):
               "--max_iters", iterations, *flags)
     resume(stopped, "--max_iters", 30)
     assert losses(stopped)[30][1] < losses(stopped)[0][1]
-    random = (load_checkpoint(folder / "last.pt")["random"] for folder in (stopped, unbroken))
+    random = (load_last(folder)["random"] for folder in (stopped, unbroken))
     assert all(map(torch.equal, *random))  # as much dropout was drawn
 
 
