@@ -37,6 +37,12 @@ def python(*arguments, **options):
     return subprocess.run([sys.executable, *map(str, arguments)], **defaults | options)
 
 
+def start(*arguments, **options):
+    """Starts Python, with pipes for its output as text."""
+    defaults = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], **defaults | options)
+
+
 def run(script, *args, **options):
     """Runs a script of the repository as `python` does.
 
@@ -50,13 +56,6 @@ def run(script, *args, **options):
         status = fork(run_file, argv, output, dict(os.environ), seconds=300)
         texts = [path.read_text(encoding="utf-8") for path in output]
     return subprocess.CompletedProcess(argv, status, *texts)
-
-
-def start(script, *args, **options):
-    """Starts a script of the repository, with pipes for its output as text."""
-    defaults = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, ROOT / script, *map(str, args)]
-    return subprocess.Popen(command, **defaults | options)
 
 
 FORKS = multiprocessing.get_context("forkserver")  # has libraries loaded: scripts start at once

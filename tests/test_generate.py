@@ -128,7 +128,7 @@ def test_each_token_is_shown_at_once_but_no_half_character():
 
 
 def test_an_interrupt_ends_cleanly_with_what_there_is(finished_run):
-    process = start("generate.py", "--out_dir", finished_run, "--max_new_tokens", 10**6)
+    process = start(ROOT / "generate.py", "--out_dir", finished_run, "--max_new_tokens", 10**6)
     first = process.stdout.read(50)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from conftest import ROOT, TINY, complaint, python, run, wait_for
+from conftest import ROOT, TINY, complaint, python, run, start, wait_for
 from model import load_checkpoint
 
 TEXT = (ROOT / "train.ipynb").read_text(encoding="utf-8")
@@ -79,9 +79,8 @@ def test_a_training_cell_interrupted_or_killed_goes_on_if_run_again(tiny_text, t
 
     for _ in range(2):
         before = iteration()
-        kernel = subprocess.Popen([sys.executable, "-c", KERNEL, code], cwd=tmp_path, text=True,
-                                  stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.PIPE)
+        kernel = start("-c", KERNEL, code, cwd=tmp_path, stdin=subprocess.PIPE,
+                       stdout=subprocess.DEVNULL)
         wait_for(lambda before=before: iteration() > before, kernel)
         kernel.send_signal(number)
         at_once = number == signal.SIGINT

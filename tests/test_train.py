@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from unittest.mock import patch
@@ -324,7 +323,7 @@ def long_run(tiny_text, tmp_path):
     processes = []
 
     def start_one(*flags, **options):
-        process = start("train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path,
+        process = start(ROOT / "train.py", *TINY, "--data_path", tiny_text, "--out_dir", tmp_path,
                         "--max_iters", 100_000, *flags, **options)
         processes.append(process)
         wait_for((tmp_path / "last.pt").exists, process)
@@ -710,11 +709,9 @@ def test_the_schedule_warms_up_and_follows_a_cosine():
 # ---- more than one process ----
 
 def start_two(folder, text, *args, script=ROOT / "train.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-               script, *TINY, "--data_path", text, "--out_dir", folder, *args]
-    return subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script,
+                 *TINY, "--data_path", text, "--out_dir", folder, *args, start_new_session=True,
+                 env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def run_two(*args, **options):

@@ -67,7 +67,7 @@ def test_a_clock_that_jumps_is_not_looked_at(tiny_text, tmp_path, new_trainer, m
     ("train.py", ["--resume", "--max_iters", 4000, "--eval_interval", 100], "train loss")])
 def test_ten_times_as_long_takes_no_more_memory(tiny_run, script, flags, sign):
     """It is read at each line of the text or of the evaluations."""
-    process = start(script, *flags, "--out_dir", tiny_run, stderr=subprocess.DEVNULL)
+    process = start(ROOT / script, *flags, "--out_dir", tiny_run, stderr=subprocess.DEVNULL)
     pages = [int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
              for line in process.stdout if sign in line]
     warm, *later = pages[len(pages) // 10:]

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from conftest import TINY, complaint, contents, run, start, wait_for
+from conftest import ROOT, TINY, complaint, contents, run, start, wait_for
 from tokenizer import BasicTokenizer
 from train import load_last
 
@@ -15,14 +15,14 @@ FILES = {  # which a script reads or writes
     "plots.py": "metrics.csv histograms.npz .relu_outputs.png.tmp"}
 
 
-def command(script, out, text, whole):
+def flags(script, out, text, whole):
     """Returns how a script is told to write into the folder `out`, reading the run in `whole`."""
-    return [script, *{
+    return {
         "train.py": [*TINY, "--data_path", text, "--out_dir", out, "--max_iters", 2],
         "tokenizer.py": ["train", "--data_path", text, "--out_dir", out, "--vocab_size", 310],
         "quantize.py": ["--out_dir", whole, "--data_path", text, "--out", out / "int8.pt"],
         "generate.py": ["--out_dir", whole, "--max_new_tokens", 3000, "--out", out / "text.txt"],
-        "plots.py": ["--out_dir", out]}[script]]
+        "plots.py": ["--out_dir", out]}[script]
 
 
 def networks(folder):
@@ -46,7 +46,7 @@ def test_a_full_disk_is_one_line_and_changes_no_file(tiny_run, tiny_text, script
     if script == "tokenizer.py":  # it trains none beside another's network
         remove_networks(tiny_run)
     before = contents(tiny_run)
-    process = run(*command(script, tiny_run, tiny_text, tiny_run), **no_file_beyond(size))
+    process = run(script, *flags(script, tiny_run, tiny_text, tiny_run), **no_file_beyond(size))
     line, after = complaint(process), contents(tiny_run)
     assert "cannot write" in line and str(tiny_run) in line
     assert before.items() <= after.items()
@@ -72,7 +72,7 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tiny_run, tiny_text, script
     (tiny_run / name).mkdir()
     before = networks(tiny_run)
     prompt = ["--prompt_file", tiny_run / name] if name == "prompt.txt" else []
-    line = complaint(run(*command(script, tiny_run, tiny_text, tiny_run), *prompt))
+    line = complaint(run(script, *flags(script, tiny_run, tiny_text, tiny_run), *prompt))
     named = "" if name == ".lock" else name.removeprefix(".").removesuffix(".tmp")
     assert str(tiny_run / named) in line
     assert before.items() <= networks(tiny_run).items()
@@ -86,7 +86,7 @@ def test_a_folder_that_vanishes_is_one_line_and_stays_away(finished_run, tiny_te
     """Made again it would hold weights without their tokenizer."""
     out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     endless = ["--max_iters", 10**6, "--eval_interval", 50] if script == "train.py" else []
-    process = start(*command(script, out, tiny_text, finished_run), *endless)
+    process = start(ROOT / script, *flags(script, out, tiny_text, finished_run), *endless)
     wait_for((out / begun).exists, process)
     out.rename(elsewhere)
     process.stdout, process.stderr = process.communicate(timeout=120)
