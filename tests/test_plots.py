@@ -25,7 +25,7 @@ def make_rows(evaluations=VAL_LOSSES, n_layer=5, chars_per_token=1.9408):
         row = {"iteration": iteration, "tokens_seen": tokens, "epochs": tokens / 516651,
                "train_loss": train, "train_nats_per_char": train / chars_per_token,
                "val_loss": val, "val_nats_per_char": val / chars_per_token,
-               "learning_rate": 3e-4, "grad_norm": 0.8}
+               "learning_rate": 3e-4}
         for i in range(1, n_layer + 1):
             row |= {f"relu{i}_mean": 0.1 * i, f"relu{i}_std": 0.2 * i,
                     f"relu{i}_zeros": 0.5 + 0.02 * i + 0.001 * n,
@@ -170,7 +170,6 @@ def test_damaged_metrics_name_the_line_and_the_column(folder, pattern, damage, n
     {"relu_edges": np.full((5, 61), np.nan)},
     {"relu_counts": np.ones(60)},
     {"relu_grad_counts": np.ones((5, 60), dtype=object)},  # would need pickle
-    {"iteration": "last"},
     {"iteration": [1, 2]},
     {"more": np.zeros(2**21)},
     make_histograms(n_layer=4),
