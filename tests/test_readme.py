@@ -1,5 +1,4 @@
 """README.md and the pages it leads to: what they name exists, their commands run, figures hold."""
-import csv
 import re
 import shlex
 import shutil
@@ -8,7 +7,7 @@ import sys
 from collections import defaultdict
 
 import prepare
-from conftest import ROOT, run
+from conftest import ROOT, metrics, run
 from model import GPT, GPTConfig
 from tokenizer import BasicTokenizer, read_text
 
@@ -89,9 +88,7 @@ def test_quick_commands_and_code_print_what_is_shown_in_a_clone(tmp_path, shakes
 
 
 def test_the_figures_are_those_of_the_network_shipped():
-    with open(CARD / "metrics.csv", newline="") as file:
-        loss, per_char = min((float(row["val_loss"]), float(row["val_nats_per_char"]))
-                             for row in csv.DictReader(file))
+    loss, per_char = min((row["val_loss"], row["val_nats_per_char"]) for row in metrics(CARD))
     size = (CARD / "model.pt").stat().st_size / 1e6
     parameters = f"{sum(weight.numel() for weight in GPT(GPTConfig()).parameters()):,}"
     for page, figures in (
