@@ -1339,12 +1339,14 @@ def main() -> None:
     trainer.run()
     if master:
         trainer.stop.tell(farewell(trainer))
+    status = trainer.stop.status if trainer.stop.requested else 0
     if trainer.world_size > 1:
         dist.barrier(trainer.flags_group)  # a process that left before the master aborted at times
-        trainer.step_model = None  # holds the group, too
         dist.destroy_process_group()
-    if trainer.stop.requested:
-        sys.exit(trainer.stop.status)
+        sys.stdout.flush()
+        os._exit(status)  # threads of the group live on, and aborted a Python that was ending
+    if status:
+        sys.exit(status)
 
 
 def farewell(trainer: Trainer) -> str:
